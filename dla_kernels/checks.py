@@ -1,0 +1,102 @@
+"""Argument checks of the public ops: one sentence that names the argument, what was given and what is allowed."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dla_kernels.common import ACTIVATIONS, accumulate_dtype
+
+MAP_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class Checker:
+    """Checks the arguments of one call of an op.
+
+    Dimension names such as ``B`` or ``C`` are bound by the first tensor that uses them; every later tensor must
+    agree. The first tensor also sets the device, and as it is an activation, the precision of the recurrent state.
+
+    Args:
+        op: the op's name, which starts every message.
+    """
+
+    def __init__(self, op: str):
+        self.op = op
+        self.dims: dict[str, int] = {}
+        self.first: tuple[str, Tensor] | None = None
+
+    def fail(self, message: str) -> None:
+        raise ValueError(f"{self.op}: {message}")
+
+    def map(self, name: str, x: Tensor, layout: str = "B C H W") -> None:
+        """An activation map; all maps of a call share one dtype."""
+        self._shape(name, x, layout)
+        if x.dtype not in MAP_DTYPES:
+            self.fail(f"`{name}` must be one of {', '.join(map(str, MAP_DTYPES))}, got {x.dtype}")
+        first_name, first = self.first
+        if x.dtype != first.dtype:
+            self.fail(f"`{name}` must have the dtype of `{first_name}`, {first.dtype}, got {x.dtype}")
+
+    def state(self, name: str, x: Tensor, layout: str) -> None:
+        """Recurrent state: float32, or float64 beside float64 maps."""
+        self._shape(name, x, layout)
+        expected = accumulate_dtype(self.first[1])
+        if x.dtype != expected:
+            self.fail(f"`{name}` must be {expected} (recurrent state is never of low precision), got {x.dtype}")
+
+    def weight(self, name: str, x: Tensor, layout: str) -> None:
+        """A parameter, of any floating-point dtype: autocast keeps float32 weights beside bfloat16 maps."""
+        self._shape(name, x, layout)
+        if not x.is_floating_point():
+            self.fail(f"`{name}` must be floating point, got {x.dtype}")
+
+    def dsu_weights(self, weights: Sequence[Tensor]) -> None:
+        """The joint form's three tensors or the split form's eight, see :func:`dla_kernels.gap_dsu`."""
+        channels = self.dims["C"]
+        if len(weights) == 3:
+            layouts = (("w1", ("R", 2 * channels)), ("w2", (3 * channels, "R")), ("b2", (3 * channels,)))
+        elif len(weights) == 8:
+            layouts = tuple(
+                (f"{name}_{branch}", shape)
+                for branch, r in (("y", "Ry"), ("h", "Rh"))
+                for name, shape in (
+                    ("w1", (r, channels)),
+                    ("b1", (r,)),
+                    ("w2", (3 * channels, r)),
+                    ("b2", (3 * channels,)),
+                )
+            )
+        else:
+            self.fail(f"`weights` must hold 3 tensors (joint form) or 8 (split form), got {len(weights)}")
+        for (name, shape), tensor in zip(layouts, weights, strict=True):
+            self.weight(f"weights.{name}", tensor, " ".join(map(str, shape)))
+
+    def heads(self, head_dim: int) -> None:
+        channels = self.dims["C"]
+        if head_dim < 1 or channels % head_dim:
+            self.fail(f"`head_dim` must divide the {channels} channels, got {head_dim}")
+
+    def one_of(self, name: str, value: str, allowed: Sequence[str]) -> None:
+        if value not in allowed:
+            self.fail(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}")
+
+    def activation(self, value: str) -> None:
+        self.one_of("activation", value, tuple(ACTIVATIONS))
+
+    def _shape(self, name: str, x: Tensor, layout: str) -> None:
+        if not isinstance(x, Tensor):
+            self.fail(f"`{name}` must be a tensor, got {type(x).__name__}")
+        names = layout.split()
+        # A digit stands for itself, a known name for its bound value, a new name for whatever comes.
+        expected = [int(n) if n.isdigit() else self.dims.get(n) for n in names]
+        if x.dim() != len(names) or any(e is not None and e != s for e, s in zip(expected, x.shape, strict=True)):
+            wanted = ", ".join(
+                n if e is None or n.isdigit() else f"{n}={e}" for n, e in zip(names, expected, strict=True)
+            )
+            self.fail(f"`{name}` must have shape ({wanted}), got {tuple(x.shape)}")
+        self.dims.update((n, s) for n, s in zip(names, x.shape, strict=True) if not n.isdigit())
+        if self.first is None:
+            self.first = (name, x)
+        first_name, first = self.first
+        if x.device != first.device:
+            self.fail(f"`{name}` must be on the device of `{first_name}`, {first.device}, got {x.device}")
