@@ -1,0 +1,146 @@
+"""Layer attention of one block: its parameters, and the step from the block's map to its output."""
+
+from math import log2
+
+import torch
+from torch import Tensor, nn
+
+from dla_kernels import layer_attention, light_update, norm_residual
+from dla_kernels.common import accumulate_dtype, channel_conv, gap
+from dla_kernels.ops.layer_attention.reference import attention_weights
+from dla_kernels.ops.norm_residual.reference import merge_moments
+
+
+def kernel_size(channels: int) -> int:
+    """Length of the query and key filters along the channels: t made odd, t = int(|(log2 C + 1) / 2|)."""
+    t = int(abs((log2(channels) + 1) / 2))
+    return t if t % 2 else t + 1
+
+
+class _LayerAttention(nn.Module):
+    """What both forms share: filters of query, key and value, BatchNorm, drop path and the residual.
+
+    Args:
+        channels: C.
+        head_dim: channels of a head; divides C.
+        drop_path: probability of dropping a sample's attention output in training.
+        relu: whether a ReLU follows the BatchNorm.
+    """
+
+    def __init__(self, channels: int, head_dim: int, drop_path: float, relu: bool):
+        super().__init__()
+        if head_dim < 1 or channels % head_dim:
+            raise ValueError(f"`head_dim` must divide the {channels} channels, got {head_dim}")
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"`drop_path` must be in [0, 1), got {drop_path}")
+        k = kernel_size(channels)
+        self.query = nn.Conv1d(1, 1, k, padding=k // 2, bias=False)
+        self.key = nn.Conv1d(1, 1, k, padding=k // 2, bias=False)
+        self.value = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+        self.head_dim = head_dim
+        self.drop_path = drop_path
+        self.relu = relu
+
+    def query_of(self, y: Tensor) -> Tensor:
+        """Q of pooled features: [B, C] -> [B, C]."""
+        return channel_conv(y[:, None], self.query.weight)[:, 0]
+
+    def key_of(self, y: Tensor) -> Tensor:
+        """K of pooled features: [B, C] -> [B, C]."""
+        return channel_conv(y[:, None], self.key.weight)[:, 0]
+
+    def residual(self, x: Tensor, o: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """x + DropPath(BatchNorm(o)) and its GAP; ``mean`` and ``var`` [B, C] are o's moments."""
+        bn = self.bn
+        keep = None
+        if self.training and self.drop_path:
+            p = 1 - self.drop_path
+            keep = torch.full((x.shape[0],), p, dtype=accumulate_dtype(x), device=x.device).bernoulli().div(p)
+        if isinstance(bn, nn.SyncBatchNorm):
+            # Its statistics span processes: torch's own module gathers them.
+            normed = bn(o).relu() if self.relu else bn(o)
+            out = x + (normed if keep is None else normed * keep.to(x.dtype)[:, None, None, None])
+            return out, gap(out)
+        if bn.training or bn.running_mean is None:
+            if bn.training and bn.running_mean is not None:
+                _update_running_stats(bn, o, mean, var)
+        else:
+            mean, var = bn.running_mean, bn.running_var
+        return norm_residual(x, o, mean, var, bn.weight, bn.bias, keep, bn.eps, self.relu)
+
+    def extra_repr(self) -> str:
+        return f"head_dim={self.head_dim}, drop_path={self.drop_path}"
+
+
+class BaseLayerAttention(_LayerAttention):
+    """A block's layer attention with a softmax over its stage's layers (MRLA-B, DLA-B; Eq. 2)."""
+
+    def __init__(self, channels: int, head_dim: int = 32, drop_path: float = 0.0):
+        super().__init__(channels, head_dim, drop_path, relu=True)
+
+    def forward(self, x: Tensor, y: Tensor, keys: Tensor, values: list[Tensor], gates: Tensor) -> Tensor:
+        """Attends from the block's map over the T layers so far.
+
+        Args:
+            x: [B, C, H, W] the block's map.
+            y: [B, C] its GAP.
+            keys: [B, T, C] refreshed keys.
+            values: T value maps [B, C, H, W], not gated.
+            gates: [B, T, C] cumulative gates of the values.
+
+        Returns:
+            [B, C, H, W] the block's output.
+        """
+        o, mean, var = layer_attention(self.query_of(y), keys, values, gates, self.head_dim)
+        return self.residual(x, o, mean, var)[0]
+
+    def weights(self, y: Tensor, keys: Tensor) -> Tensor:
+        """The attention over the T layers: y [B, C], keys [B, T, C] -> [B, T, heads]."""
+        return attention_weights(self.query_of(y), keys, self.head_dim)
+
+
+class LightLayerAttention(_LayerAttention):
+    """A block's layer attention in its recurrent form (MRLA-L, DLA-L; Eq. 3).
+
+    Args:
+        channels, head_dim, drop_path: as above.
+        carry: whether something is carried into this block, which then has a lambda, drawn from N(0, 1). A first
+            block without carry has none: a parameter that never gets a gradient stops distributed training.
+    """
+
+    def __init__(self, channels: int, head_dim: int = 32, drop_path: float = 0.0, carry: bool = True):
+        super().__init__(channels, head_dim, drop_path, relu=False)
+        self.register_parameter("lambda_", nn.Parameter(torch.randn(channels)) if carry else None)
+
+    def forward(
+        self, x: Tensor, y: Tensor, carried: Tensor | None, gate: Tensor | None, carry_weight: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Updates the attention and adds it to the block's map.
+
+        Args:
+            x: [B, C, H, W] the block's map.
+            y: [B, C] its GAP.
+            carried, gate, carry_weight: see :func:`dla_kernels.light_update`.
+
+        Returns:
+            The block's output [B, C, H, W] and its GAP [B, C], the attention output o [B, C, H, W] and its GAP.
+        """
+        o, mean, var = light_update(
+            x, self.query_of(y), self.key_of(y), self.value.weight,
+            carried, self.lambda_, gate, carry_weight, self.head_dim,
+        )  # fmt: skip
+        return *self.residual(x, o, mean, var), o, mean
+
+
+@torch.no_grad()
+def _update_running_stats(bn: nn.BatchNorm2d, o: Tensor, mean: Tensor, var: Tensor) -> None:
+    """BatchNorm's bookkeeping in training, as torch does it: unbiased variance, momentum None for a plain average."""
+    mean, var = merge_moments(mean, var)
+    n = o.numel() // o.shape[1]
+    if n < 2:
+        raise ValueError(f"BatchNorm needs more than one value per channel in training, got a map of {tuple(o.shape)}")
+    bn.num_batches_tracked.add_(1)
+    momentum = 1 / bn.num_batches_tracked if bn.momentum is None else bn.momentum
+    for running, new in ((bn.running_mean, mean), (bn.running_var, var * (n / (n - 1)))):
+        running.mul_(1 - momentum).add_(new * momentum)

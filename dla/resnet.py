@@ -1,0 +1,221 @@
+"""ResNets of bottleneck blocks, for CIFAR and ImageNet, whose stages take a layer interaction."""
+
+import re
+
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from dla.config import PAPER, Config
+from dla.stage import INTERACTIONS, create_stage
+from dla_kernels.common import gap
+
+CIFAR_DEPTHS = (20, 29, 47, 56, 110, 164)
+IMAGENET_STAGES = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (with the stride) and 1x1 convolutions, each with BatchNorm; four times as many channels out."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, width: int, stride: int = 1, drop_path: float = 0.0):
+        super().__init__()
+        out_channels = width * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.act = nn.ReLU()
+        self.drop_path = DropPath(drop_path)
+        self.downsample = None
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual branch and the shortcut, both [B, C, H, W]; the shortcut is ``x`` itself where it can be."""
+        branch = self.act(self.bn1(self.conv1(x)))
+        branch = self.act(self.bn2(self.conv2(branch)))
+        branch = self.bn3(self.conv3(branch))
+        return branch, x if self.downsample is None else self.downsample(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch, shortcut = self.branches(x)
+        return self.act(self.drop_path(branch) + shortcut)
+
+
+class ResNet(nn.Module):
+    """A residual network whose stages take a layer interaction.
+
+    Drop path falls on the attention output where there is attention, else on the residual branch.
+
+    Args:
+        stem: "cifar", a 3x3 convolution; "imagenet", a 7x7 one of stride 2 and a max pool.
+        depths: blocks of each stage.
+        widths: inner channels of each stage's blocks.
+        interaction, cell, config, reduction: see :func:`dla.stage.create_stage`.
+        num_classes: logits; 0 for pooled features instead.
+        in_chans: channels of the images.
+        drop_path_rate: probability of drop path, the same for every block, as the paper has it.
+        zero_init_last: whether the last BatchNorm of every block starts with scale 0, the block then as identity.
+    """
+
+    def __init__(
+        self,
+        stem: str,
+        depths: tuple[int, ...],
+        widths: tuple[int, ...],
+        interaction: str | None = None,
+        cell: str = "dsu",
+        config: Config = PAPER,
+        reduction: int = 4,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        drop_path_rate: float = 0.0,
+        zero_init_last: bool = False,
+    ):
+        super().__init__()
+        if num_classes < 0 or in_chans < 1:
+            raise ValueError(f"`num_classes` must be at least 0, `in_chans` 1, got {num_classes} and {in_chans}")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"`drop_path_rate` must be in [0, 1), got {drop_path_rate}")
+        channels = widths[0]
+        self.in_chans = in_chans
+        if stem == "imagenet":
+            self.conv1 = nn.Conv2d(in_chans, channels, 7, stride=2, padding=3, bias=False)
+        else:
+            self.conv1 = nn.Conv2d(in_chans, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.act = nn.ReLU()
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
+        attends = interaction not in (None, "lii")
+        self.stage_names = [f"layer{i}" for i in range(1, len(depths) + 1)]
+        for name, depth, width in zip(self.stage_names, depths, widths, strict=True):
+            blocks = []
+            for _ in range(depth):
+                stride = 2 if name != "layer1" and not blocks else 1
+                blocks.append(Bottleneck(channels, width, stride, 0.0 if attends else drop_path_rate))
+                channels = width * Bottleneck.expansion
+            stage = create_stage(blocks, channels, interaction, cell, config, reduction, drop_path=drop_path_rate)
+            self.add_module(name, stage)
+        self.num_features = channels
+        self.reset_classifier(num_classes)
+        self._init_weights(zero_init_last)
+
+    def _init_weights(self, zero_init_last: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif zero_init_last and isinstance(module, Bottleneck):
+                nn.init.zeros_(module.bn3.weight)
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """[B, in_chans, H, W] -> the last stage's map [B, num_features, H', W']."""
+        if x.dim() != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f"`x` must have shape (B, in_chans={self.in_chans}, H, W), got {tuple(x.shape)}")
+        x = self.maxpool(self.act(self.bn1(self.conv1(x))))
+        for name in self.stage_names:
+            x = getattr(self, name)(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The last stage's map -> logits [B, num_classes], or its GAP [B, num_features] with ``pre_logits``."""
+        x = gap(x).to(x.dtype)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def resnet_cifar(
+    depth: int,
+    interaction: str | None = None,
+    cell: str = "dsu",
+    config: Config = PAPER,
+    num_classes: int = 10,
+    in_chans: int = 3,
+    drop_path_rate: float = 0.0,
+    reduction: int = 4,
+) -> ResNet:
+    """A ResNet for small images such as CIFAR's: three stages of n bottleneck blocks, depth = 9n + 2.
+
+    Args:
+        depth: 9n + 2, such as 20, 29, 47, 56, 110 or 164.
+        interaction: None, "lii", "mrla_b", "mrla_l", "dla_b" or "dla_l".
+        cell: "dsu", "dia", "lstm" or "rnn".
+        config: the reading, :data:`dla.PAPER`, :data:`dla.OFFICIAL`, :data:`dla.RELEASED` or one's own.
+        num_classes, in_chans, drop_path_rate: see :class:`ResNet`.
+        reduction: r of the cell.
+
+    Raises:
+        ValueError: an argument out of what is allowed.
+    """
+    n, rest = divmod(depth - 2, 9)
+    if rest or n < 1:
+        known = ", ".join(map(str, CIFAR_DEPTHS))
+        raise ValueError(f"`depth` must be 9n + 2 with n >= 1, such as {known}, got {depth}")
+    return ResNet(
+        "cifar", (n, n, n), (16, 32, 64), interaction, cell, config, reduction,
+        num_classes, in_chans, drop_path_rate,
+    )  # fmt: skip
+
+
+def resnet(
+    depth: int,
+    interaction: str | None = None,
+    cell: str = "dsu",
+    config: Config = PAPER,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    drop_path_rate: float = 0.0,
+    reduction: int = 20,
+) -> ResNet:
+    """A ResNet for ImageNet, of depth 50, 101 or 152; the arguments are those of :func:`resnet_cifar`.
+
+    The last BatchNorm of every block starts with scale 0. The paper's reduction is 20, the authors' code has 16.
+
+    Raises:
+        ValueError: an argument out of what is allowed.
+    """
+    if depth not in IMAGENET_STAGES:
+        raise ValueError(f"`depth` must be one of {', '.join(map(str, IMAGENET_STAGES))}, got {depth}")
+    return ResNet(
+        "imagenet", IMAGENET_STAGES[depth], (64, 128, 256, 512), interaction, cell, config, reduction,
+        num_classes, in_chans, drop_path_rate, zero_init_last=True,
+    )  # fmt: skip
+
+
+def list_models() -> list[str]:
+    """The names that :func:`create_model` knows, such as ``resnet20_dla_l`` (CIFAR) and ``resnet50_mrla_b``."""
+    return [
+        f"resnet{depth}{suffix}"
+        for depth in (*CIFAR_DEPTHS, *IMAGENET_STAGES)
+        for suffix in ("", *(f"_{i}" for i in INTERACTIONS))
+    ]
+
+
+def create_model(name: str, **kwargs) -> ResNet:
+    """Builds a model by name, ``resnet{depth}`` or ``resnet{depth}_{interaction}``.
+
+    Args:
+        name: one of :func:`list_models`.
+        **kwargs: of :func:`resnet_cifar` or :func:`resnet`, but for depth and interaction.
+
+    Raises:
+        ValueError: an unknown name, or an argument out of what is allowed.
+    """
+    if name not in list_models():
+        raise ValueError(f"`name` must be one of {', '.join(list_models())}, got {name!r}")
+    depth, interaction = re.fullmatch(r"resnet(\d+)(?:_(\w+))?", name).groups()
+    factory = resnet if int(depth) in IMAGENET_STAGES else resnet_cifar
+    return factory(int(depth), interaction, **kwargs)

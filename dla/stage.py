@@ -1,0 +1,219 @@
+"""Layer interaction inside a stage: a run of residual blocks with equal map size.
+
+A block offers ``branches(x) -> (residual branch, shortcut)`` and ``act``; its plain output is act(branch + shortcut).
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from dla.attention import BaseLayerAttention, LightLayerAttention
+from dla.cells import Cell, State, create_cell
+from dla.config import PAPER, Config
+from dla_kernels.common import channel_conv, gap
+
+
+class LIIStage(nn.Module):
+    """Layer-wise information integration (the paper's section 5.3; DIANet where the cell is DIA).
+
+    y = GAP(branch), (h, c) <- cell(y, (h, c)), x = act(shortcut + branch * h), from a state of zeros.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], cell: Cell):
+        super().__init__()
+        self.blocks = _blocks(blocks)
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = None
+        for block in self.blocks:
+            branch, shortcut = block.branches(x)
+            _, state = self.cell.observe(branch, state or self.cell.initial_state(branch))
+            x = block.act(shortcut + block.drop_path(branch * state.hidden.to(branch.dtype)[..., None, None]))
+        return x
+
+
+class _AttentionStage(nn.Module):
+    """What both forms of layer attention share. Without a cell nothing is refreshed: MRLA."""
+
+    def __init__(self, blocks: Iterable[nn.Module], attention: Iterable[nn.Module], cell: Cell | None, config: Config):
+        super().__init__()
+        self.blocks = _blocks(blocks)
+        self.attention = nn.ModuleList(attention)
+        self.cell = cell
+        self.config = config
+
+    def observe(self, x: Tensor, state: State | None) -> tuple[Tensor, State | None]:
+        """GAP of a block's map, and the state after it."""
+        if self.cell is None:
+            return gap(x), None
+        return self.cell.observe(x, state or self.cell.initial_state(x))
+
+    def refresh(self, features: Tensor, gates: Tensor, state: State) -> Tensor:
+        """Cumulative gates [B, T, C] of T prior layers by the current state."""
+        if self.config.context == "first":
+            state = state.of_first_sample()
+        return self.cell.refresh(features, gates, state, self.config.gate)
+
+
+class BaseStage(_AttentionStage):
+    """Each block attends over all blocks so far (MRLA-B; with a cell DLA-B, Eq. 2 and 6).
+
+    The maps are never rewritten: a prior layer is its value map V^m, its pooled features as they were first computed
+    (those of x^m, or under ``cache="key_value"`` K^m and GAP(V^m)), and the product of its gates. Saved maps grow
+    linearly in the blocks, and the refresh moves vectors only.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, values, features, gates = None, [], None, None
+        for block, attention in zip(self.blocks, self.attention, strict=True):
+            x = block(x)
+            y, state = self.observe(x, state)
+            if self.cell is not None and values:
+                gates = self.refresh(features.flatten(1, 2), gates.flatten(1, 2), state).view_as(gates)
+            values.append(attention.value(x))
+            features = _append(features, self._features(attention, y, values[-1]))
+            gates = _append(gates, torch.ones_like(features[:, :, -1]))
+            x = attention(x, y, self._keys(features, gates), values, gates[:, -1])
+        return x
+
+    def _features(self, attention: BaseLayerAttention, y: Tensor, value: Tensor) -> Tensor:
+        """What is gated of a layer, [B, S, C]: one set of features, or one for keys and one for values."""
+        if self.config.cache == "input":
+            return y[:, None]
+        return torch.stack([attention.key_of(y), gap(value)], dim=1)
+
+    def _keys(self, features: Tensor, gates: Tensor) -> Tensor:
+        """The refreshed keys, [B, T, C]; every layer's by its own filter."""
+        refreshed = features[:, 0] * gates[:, 0]
+        if self.config.cache == "key_value":
+            return refreshed
+        filters = [attention.key.weight for attention in self.attention[: refreshed.shape[1]]]
+        return channel_conv(refreshed, torch.cat(filters))
+
+
+class LightStage(_AttentionStage):
+    """Each block updates the attention carried from the one before (MRLA-L; with a cell DLA-L, Eq. 3)."""
+
+    def __init__(self, blocks: Iterable[nn.Module], attention: Iterable[nn.Module], cell: Cell | None, config: Config):
+        super().__init__(blocks, attention, cell, config)
+        self.carry_conv = None
+        if cell is not None and config.carry_conv:
+            channels = cell.channels
+            self.carry_conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = carried = carried_gap = x_gap = None
+        for block, attention in zip(self.blocks, self.attention, strict=True):
+            branch, shortcut = block.branches(x)
+            if self.config.carry == "shortcut":
+                carried, carried_gap = shortcut, x_gap if shortcut is x else None
+            x = block.act(branch + shortcut)
+            y, state = self.observe(x, state)
+            gate = carry_weight = None
+            if self.cell is not None and carried is not None:
+                carried_gap = (gap(carried) if carried_gap is None else carried_gap)[:, None]
+                gate = self.refresh(carried_gap, torch.ones_like(carried_gap), state)[:, 0]
+                carry_weight = None if self.carry_conv is None else self.carry_conv.weight
+            x, x_gap, o, o_gap = attention(x, y, carried, gate, carry_weight)
+            carried, carried_gap = o, o_gap
+        return x
+
+
+INTERACTIONS = ("lii", "mrla_b", "mrla_l", "dla_b", "dla_l")
+
+
+def create_stage(
+    blocks: Iterable[nn.Module],
+    channels: int,
+    interaction: str | None = None,
+    cell: str = "dsu",
+    config: Config = PAPER,
+    reduction: int = 4,
+    head_dim: int = 32,
+    drop_path: float = 0.0,
+) -> nn.Module:
+    """Puts a layer interaction over a stage's blocks.
+
+    Args:
+        blocks: the residual blocks, in order, each with ``branches`` and ``act``.
+        channels: C of their outputs.
+        interaction: None, "lii", "mrla_b", "mrla_l", "dla_b" or "dla_l".
+        cell: "rnn", "lstm", "dia" or "dsu"; unused where nothing is refreshed (None, MRLA).
+        config: the reading.
+        reduction: r of the squeezed cells.
+        head_dim: channels of an attention head.
+        drop_path: drop path's probability on the attention output.
+
+    Raises:
+        ValueError: no block, or an unknown name or choice.
+    """
+    blocks = _blocks(blocks)
+    if interaction is None:
+        return nn.Sequential(*blocks)
+    if interaction not in INTERACTIONS:
+        raise ValueError(f"`interaction` must be None or one of {', '.join(INTERACTIONS)}, got {interaction!r}")
+
+    def build_cell(initial_state: str) -> Cell:
+        return create_cell(cell, channels, reduction, config.dsu, config.activation, initial_state)
+
+    if interaction == "lii":
+        return LIIStage(blocks, build_cell("zeros"))
+    light = interaction.endswith("_l")
+    has_carry = [light and (config.carry == "shortcut" or l > 0) for l in range(len(blocks))]
+    # A stage of one block may have nothing to refresh; a cell there would never get a gradient.
+    refreshes = interaction.startswith("dla") and (any(has_carry) if light else len(blocks) > 1)
+    stage_cell = build_cell(config.initial_state) if refreshes else None
+    if light:
+        attention = [LightLayerAttention(channels, head_dim, drop_path, carry) for carry in has_carry]
+        return LightStage(blocks, attention, stage_cell, config)
+    attention = [BaseLayerAttention(channels, head_dim, drop_path) for _ in blocks]
+    return BaseStage(blocks, attention, stage_cell, config)
+
+
+def layer_attention_maps(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The attention over layers that a model computes for ``x`` [B, in_chans, H, W].
+
+    Returns:
+        One tensor for each stage with a softmax over its layers, [B, heads, L, L]: entry [b, head, l, m] is the
+        weight of layer m in layer l, zero for m > l.
+
+    Raises:
+        ValueError: the model has no such stage.
+    """
+    stages = [m for m in model.modules() if isinstance(m, BaseStage)]
+    if not stages:
+        raise ValueError("`model` has no softmax over layers: build it with interaction mrla_b or dla_b")
+    rows: dict[nn.Module, Tensor] = {}
+    hooks = [
+        attention.register_forward_pre_hook(lambda m, args: rows.update({m: m.weights(args[1], args[2])}))
+        for stage in stages
+        for attention in stage.attention
+    ]
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    maps = []
+    for stage in stages:
+        depth = len(stage.attention)
+        # [B, T, heads] -> [B, heads, L] each, padded to the stage's depth
+        stage_rows = [rows[a].transpose(1, 2) for a in stage.attention]
+        maps.append(torch.stack([nn.functional.pad(r, (0, depth - r.shape[-1])) for r in stage_rows], dim=2))
+    return maps
+
+
+def _blocks(blocks: Iterable[nn.Module]) -> nn.ModuleList:
+    blocks = nn.ModuleList(blocks)
+    if not blocks:
+        raise ValueError("`blocks` must hold at least one residual block, got an empty stage")
+    return blocks
+
+
+def _append(stack: Tensor | None, item: Tensor) -> Tensor:
+    """[B, S, T, C] and [B, S, C] -> [B, S, T + 1, C]."""
+    item = item[:, :, None]
+    return item if stack is None else torch.cat([stack, item], dim=2)
