@@ -62,10 +62,9 @@ class _LayerAttention(nn.Module):
             normed = bn(o).relu() if self.relu else bn(o)
             out = x + (normed if keep is None else normed * keep.to(x.dtype)[:, None, None, None])
             return out, gap(out)
-        if bn.training or bn.running_mean is None:
-            if bn.training and bn.running_mean is not None:
-                _update_running_stats(bn, o, mean, var)
-        else:
+        if bn.training:
+            _update_running_stats(bn, o, mean, var)
+        elif bn.running_mean is not None:
             mean, var = bn.running_mean, bn.running_var
         return norm_residual(x, o, mean, var, bn.weight, bn.bias, keep, bn.eps, self.relu)
 
@@ -136,11 +135,13 @@ class LightLayerAttention(_LayerAttention):
 @torch.no_grad()
 def _update_running_stats(bn: nn.BatchNorm2d, o: Tensor, mean: Tensor, var: Tensor) -> None:
     """BatchNorm's bookkeeping in training, as torch does it: unbiased variance, momentum None for a plain average."""
-    mean, var = merge_moments(mean, var)
     n = o.numel() // o.shape[1]
     if n < 2:
         raise ValueError(f"BatchNorm needs more than one value per channel in training, got a map of {tuple(o.shape)}")
+    if bn.running_mean is None:
+        return
+    mean, var = merge_moments(mean, var)
     bn.num_batches_tracked.add_(1)
-    momentum = 1 / bn.num_batches_tracked if bn.momentum is None else bn.momentum
+    momentum = bn.num_batches_tracked.double().reciprocal() if bn.momentum is None else bn.momentum
     for running, new in ((bn.running_mean, mean), (bn.running_var, var * (n / (n - 1)))):
         running.mul_(1 - momentum).add_(new * momentum)
