@@ -22,7 +22,7 @@ class State(NamedTuple):
 
 
 class Cell(nn.Module):
-    """Base of the cells.
+    """Base of the cells, which define ``forward(y, state) -> State``: one step on pooled features y [B, C].
 
     Args:
         channels: C.
@@ -48,10 +48,6 @@ class Cell(nn.Module):
             return State(zeros, zeros)
         context = self.initial_context.to(accumulate_dtype(x)).expand(x.shape[0], -1)
         return State(ACTIVATIONS[self.activation](context), context)
-
-    def forward(self, y: Tensor, state: State) -> State:
-        """One step: pooled features y [B, C] and the state -> the new state."""
-        raise NotImplementedError
 
     def observe(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One step on a map: [B, C, H, W] and the state -> its GAP [B, C] and the new state."""

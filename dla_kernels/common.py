@@ -29,6 +29,8 @@ def without_autocast(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(x: Tensor, *args, **kwargs):
+        if not torch.amp.is_autocast_available(x.device.type):  # the meta device
+            return function(x, *args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
             return function(x, *args, **kwargs)
 
