@@ -5,12 +5,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc dla dla_kernels -name '*.py' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: help demo test test-all lint format clean
+.PHONY: help demo test test-all bench lint format clean
 
 help:
 	@echo "make demo      train DLA-L-20, MRLA-L-20 and ResNet-20 on handwritten digits; results in demo/"
 	@echo "make test      the tests"
 	@echo "make test-all  the tests with the slow ones"
+	@echo "make bench     what each layer interaction costs against the plain network, on this machine"
 	@echo "make lint      check style;  make format  mend it"
 
 demo: $(VENV)/.package
@@ -22,6 +23,9 @@ test: $(VENV)/.package
 
 test-all: $(VENV)/.package
 	$(BIN)/pytest -n 2
+
+bench: $(VENV)/.package
+	$(BIN)/pytest benchmarks/models.py
 
 lint: $(VENV)/.package
 	$(BIN)/ruff check
