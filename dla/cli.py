@@ -1,0 +1,256 @@
+"""The console script `dla`: info, train, evaluate, plot.
+
+Lightning and what goes with it take seconds to import, so each command imports what it needs.
+"""
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(help="Dynamic Layer Attention: train and look into models.", no_args_is_help=True)
+
+DATA_HELP = "digits[:SIZE], cifar10[:FOLDER], cifar100[:FOLDER] or imagenet:FOLDER."
+OF_RUN, OF_RECIPE, OF_MACHINE = "Run", "Recipe (default: the preset's)", "Machine"
+
+
+@contextmanager
+def bad_input() -> Iterator[None]:
+    """Reports what the library finds wrong with the user's input in one line, and exits with code 2.
+
+    Only the checks before the work run under it: an error in the work itself keeps its traceback.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"dla: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(2) from error
+
+
+@app.command()
+def info() -> None:
+    """Versions, the backends of the kernels, and the devices."""
+    import torch
+
+    import dla_kernels
+
+    table = Table(show_header=False, box=None)
+    table.add_row("dla-kernels", dla_kernels.__version__)
+    table.add_row("torch", torch.__version__)
+    table.add_row("python", platform.python_version())
+    for name, available in dla_kernels.backends().items():
+        table.add_row(f"backend {name}", "available" if available is True else f"not available: {available}")
+    table.add_row("CPU", f"{torch.get_num_threads()} threads")
+    for index in range(torch.cuda.device_count()):
+        table.add_row(f"cuda:{index}", torch.cuda.get_device_name(index))
+    if not torch.cuda.is_available():
+        table.add_row("CUDA", "no device")
+    Console().print(table)
+
+
+@app.command()
+def train(
+    model: Annotated[str | None, typer.Option(help="Such as resnet20_dla_l; an unknown name lists all.")] = None,
+    data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} Default: digits.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of logs and checkpoints. Default: runs/MODEL-DATA.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from; it carries model and recipe.")] = None,
+    cell: Annotated[str | None, typer.Option(help="dsu, dia, lstm or rnn.")] = None,
+    config: Annotated[str | None, typer.Option(help="Reading of DLA: paper, official or released.")] = None,
+    reduction: Annotated[int | None, typer.Option(help="Reduction r of the cell.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Default: 0.", show_default=False)] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Preset: cifar, imagenet or digits. Default: the data's.", rich_help_panel=OF_RECIPE),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="May be raised on a resume.", rich_help_panel=OF_RECIPE)] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images in a step, over all devices.", rich_help_panel=OF_RECIPE)
+    ] = None,
+    lr: Annotated[float | None, typer.Option(rich_help_panel=OF_RECIPE)] = None,
+    momentum: Annotated[float | None, typer.Option(rich_help_panel=OF_RECIPE)] = None,
+    weight_decay: Annotated[float | None, typer.Option(rich_help_panel=OF_RECIPE)] = None,
+    milestones: Annotated[
+        str | None, typer.Option(help="Epochs at which the rate falls, such as 100,150.", rich_help_panel=OF_RECIPE)
+    ] = None,
+    gamma: Annotated[float | None, typer.Option(help="Factor of the rate at each.", rich_help_panel=OF_RECIPE)] = None,
+    warmup_epochs: Annotated[int | None, typer.Option(rich_help_panel=OF_RECIPE)] = None,
+    drop_path_rate: Annotated[float | None, typer.Option(rich_help_panel=OF_RECIPE)] = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch CIFAR if it is not there.")] = False,
+    accelerator: Annotated[str, typer.Option(help="auto, cpu, gpu, ...", rich_help_panel=OF_MACHINE)] = "auto",
+    devices: Annotated[
+        str, typer.Option(help="auto, a number, or indices such as 0,1; DDP if several.", rich_help_panel=OF_MACHINE)
+    ] = "auto",
+    num_nodes: Annotated[int, typer.Option(min=1, rich_help_panel=OF_MACHINE)] = 1,
+    precision: Annotated[str, typer.Option(help="32, bf16-mixed, 16-mixed or 64.", rich_help_panel=OF_MACHINE)] = "32",
+    sync_batchnorm: Annotated[
+        bool, typer.Option("--sync-batchnorm", help="BatchNorm over all devices.", rich_help_panel=OF_MACHINE)
+    ] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Deterministic kernels only.", rich_help_panel=OF_MACHINE)
+    ] = False,
+    workers: Annotated[int, typer.Option(help="Loader processes per device.", rich_help_panel=OF_MACHINE)] = 0,
+    limit_train_batches: Annotated[int | None, typer.Option(min=1, help="Batches of an epoch.")] = None,
+    limit_val_batches: Annotated[int | None, typer.Option(min=1, help="Batches of a validation.")] = None,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+) -> None:
+    """Train a model. OUT gets last.ckpt after every epoch, best.ckpt, and version_N/metrics.csv."""
+    from dla import training
+    from dla.data import ImageData, open_sets
+
+    training.quiet_lightning()
+    with bad_input():
+        fields = {
+            "batch_size": batch_size,
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "milestones": _epochs(milestones),
+            "gamma": gamma,
+            "warmup_epochs": warmup_epochs,
+            "drop_path_rate": drop_path_rate,
+        }
+        if resume is not None:
+            fixed = {"model": model, "cell": cell, "config": config, "reduction": reduction, "seed": seed}
+            _refuse_with_resume(fixed | {"recipe": recipe} | fields)
+            classifier = training.load_classifier(resume, epochs)
+            data = data or classifier.hparams.data
+            sets = open_sets(data, download)
+            _check_fit(classifier, sets)
+            out = out or resume.parent
+        else:
+            data = data or "digits"
+            if model is None:
+                raise ValueError("--model is required, such as resnet20_dla_l; or --resume with a checkpoint")
+            sets = open_sets(data, download)
+            chosen = replace(training.recipe_for(data, recipe), **_given(fields | {"epochs": epochs}))
+            model_args = _given({"cell": cell, "config": config, "reduction": reduction})
+            model_args |= {"num_classes": sets.num_classes, "in_chans": sets.in_chans}
+            classifier = training.Classifier(model, chosen, model_args, data, seed or 0)
+            out = out or Path("runs") / f"{model}-{data.partition(':')[0]}"
+            if (out / "last.ckpt").exists():
+                raise ValueError(f"--out {out} holds a run already: --resume {out / 'last.ckpt'}, or another --out")
+        trainer = training.make_trainer(
+            classifier.recipe.epochs,
+            out,
+            progress=progress,
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
+            precision=precision,
+            sync_batchnorm=sync_batchnorm,
+            deterministic=deterministic,
+            **_given({"limit_train_batches": limit_train_batches, "limit_val_batches": limit_val_batches}),
+        )
+        images = ImageData(
+            sets, classifier.recipe.batch_size, trainer.world_size, workers, seed=classifier.hparams.seed
+        )
+    trainer.fit(classifier, images, ckpt_path=resume, weights_only=True)
+    if trainer.is_global_zero:
+        _report(trainer.callback_metrics)
+        typer.echo(f"written to {out}: last.ckpt, best.ckpt, {Path(trainer.log_dir).name}/metrics.csv")
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of `dla train`.")],
+    data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} Default: those of the training.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    workers: Annotated[int, typer.Option(help="Loader processes.")] = 0,
+    accelerator: Annotated[str, typer.Option(help="auto, cpu, gpu, ...")] = "auto",
+    precision: Annotated[str, typer.Option(help="32, bf16-mixed, 16-mixed or 64.")] = "32",
+    limit_val_batches: Annotated[int | None, typer.Option(min=1, help="Batches to evaluate.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch CIFAR if it is not there.")] = False,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+) -> None:
+    """Accuracy of a checkpoint on the held-out images, each counted once (one device)."""
+    from dla import training
+    from dla.data import ImageData, open_sets
+
+    training.quiet_lightning()
+    with bad_input():
+        classifier = training.load_classifier(checkpoint)
+        sets = open_sets(data or classifier.hparams.data, download)
+        _check_fit(classifier, sets)
+        trainer = training.make_trainer(
+            1,
+            progress=progress,
+            accelerator=accelerator,
+            devices=1,
+            precision=precision,
+            **_given({"limit_val_batches": limit_val_batches}),
+        )
+        images = ImageData(sets, min(batch_size, len(sets.train)), workers=workers)
+    (metrics,) = trainer.validate(classifier, images, verbose=False)
+    typer.echo(f"{classifier.hparams.model} on {data or classifier.hparams.data}")
+    _report(metrics)
+
+
+@app.command()
+def plot(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of a model *_mrla_b or *_dla_b.")],
+    out: Annotated[Path, typer.Option(help="File to write; its ending is the format.")] = Path("layer_attention.png"),
+    data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} Default: those of the training.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Held-out images to average over, at most.")] = 256,
+    download: Annotated[bool, typer.Option("--download", help="Fetch CIFAR if it is not there.")] = False,
+) -> None:
+    """Draw a model's attention over the layers of each stage, averaged over images and heads."""
+    import torch
+    from torch.utils.data import DataLoader, Subset
+
+    from dla import plots, training
+    from dla.data import open_sets
+
+    with bad_input():
+        classifier = training.load_classifier(checkpoint)
+        sets = open_sets(data or classifier.hparams.data, download)
+        _check_fit(classifier, sets)
+        training.writable_folder(out.parent)
+        # Spread over the set: folders of images come class by class.
+        indices = torch.linspace(0, len(sets.test) - 1, min(images, len(sets.test))).long().tolist()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        batches = (x.to(device) for x, _ in DataLoader(Subset(sets.test, indices), batch_size=32))
+        maps = plots.mean_layer_attention(classifier.net.to(device), batches)
+        figure = plots.layer_attention_heatmaps({classifier.hparams.model: maps})
+        figure.savefig(out, dpi=300)
+    typer.echo(f"written to {out}")
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _epochs(text: str | None) -> tuple[int, ...] | None:
+    """`100,150` -> (100, 150)."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise ValueError(f"--milestones {text}: expected epochs such as 100,150") from error
+
+
+def _refuse_with_resume(options: dict[str, Any]) -> None:
+    if given := ", ".join("--" + name.replace("_", "-") for name in _given(options)):
+        raise ValueError(f"{given}: not with --resume, the checkpoint carries it; only --epochs may change")
+
+
+def _check_fit(classifier, sets) -> None:
+    args = classifier.hparams.model_args
+    for name in ("num_classes", "in_chans"):
+        if args[name] != getattr(sets, name):
+            raise ValueError(f"the model has {name} {args[name]}, the data {getattr(sets, name)}")
+
+
+def _report(metrics: dict[str, Any]) -> None:
+    for name in ("val_accuracy", "val_top5", "val_loss"):
+        typer.echo(f"  {name.removeprefix('val_'):<9} {float(metrics[name]):.4f}")
+
+
+if __name__ == "__main__":
+    app()
