@@ -16,7 +16,11 @@ namespace dla {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline Shape shape_of(const Tensor& x) { return {x.size(0), x.size(1), x.size(2), x.size(3)}; }
+inline Shape shape_of(const Tensor& x) {
+    const Shape s{x.size(0), x.size(1), x.size(2), x.size(3)};
+    STD_TORCH_CHECK(s.HW() > 0, "a map must have at least one pixel, got ", s.H, " x ", s.W);
+    return s;
+}
 
 // The distance between neighbouring pixels, or 0 where rows do not follow each other without gaps.
 inline int64_t pixel_stride(const Tensor& x) {
