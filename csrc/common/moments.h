@@ -88,6 +88,8 @@ template <class A>
 struct OutputGradient {
     A slope, mean, offset;  // grad + slope * (o - mean) + offset
     static OutputGradient of(const A* grad_mean, const A* grad_var, const A* mean, int64_t i, int64_t HW) {
-        return {grad_var ? A(2) * grad_var[i] / A(HW) : A(0), mean[i], grad_mean ? grad_mean[i] / A(HW) : A(0)};
+        // A single pixel has no variance, though its rounded value may differ from the mean.
+        const A slope = grad_var && HW > 1 ? A(2) * grad_var[i] / A(HW) : A(0);
+        return {slope, mean[i], grad_mean ? grad_mean[i] / A(HW) : A(0)};
     }
 };
