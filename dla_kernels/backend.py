@@ -1,6 +1,84 @@
-"""Which implementations of the ops this install has."""
+"""Which implementation of an op runs: the backends, and the choice between them.
+
+A backend is asked for by an op's argument ``backend``, else by :func:`use_backend`, else by the environment variable
+``DLA_KERNELS_BACKEND``, else it is "auto": the first of :data:`BACKENDS` that can run. One that is asked for by name
+runs or raises its reason; only "auto" falls back.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+
+from dla_kernels import native
+
+#: By name, the one that "auto" prefers first.
+BACKENDS = ("native", "reference")
+ENVIRONMENT = "DLA_KERNELS_BACKEND"
+
+_in_context: list[str] = []
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Sets the backend of all ops called inside the ``with`` block that do not name one themselves."""
+    _check(name, "name")
+    _in_context.append(name)
+    try:
+        yield
+    finally:
+        _in_context.pop()
 
 
 def backends() -> dict[str, bool | str]:
-    """The backends by name: True for one that runs here, otherwise the reason why it does not."""
-    return {"reference": True}
+    """The backends by name: True for one that runs on some device here, otherwise the reason why it does not."""
+    return {name: native.ERROR or True if name == "native" else True for name in BACKENDS}
+
+
+def can_run(backend: str, device: torch.device, raise_error: bool = False) -> bool:
+    """Whether ``backend`` can run ops on ``device``.
+
+    Raises:
+        RuntimeError: it cannot, and ``raise_error`` is set; the message is the reason.
+    """
+    reason = _why_not(backend, device)
+    if reason is not None and raise_error:
+        raise RuntimeError(f"backend {backend}: {reason}")
+    return reason is None
+
+
+def choose(device: torch.device, backend: str | None = None) -> str:
+    """The backend that an op runs on ``device``, given its argument ``backend``.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: the backend that was asked for cannot run.
+    """
+    asked = _asked(backend)
+    if asked != "auto":
+        can_run(asked, device, raise_error=True)
+        return asked
+    return next(name for name in BACKENDS if can_run(name, device))
+
+
+def _asked(backend: str | None) -> str:
+    if backend is not None:
+        return _check(backend, "`backend`")
+    if _in_context:
+        return _in_context[-1]
+    return _check(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)
+
+
+def _check(backend: str, source: str) -> str:
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"{source} must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    return backend
+
+
+def _why_not(backend: str, device: torch.device) -> str | None:
+    if backend == "reference":
+        return None
+    if native.ERROR is not None:
+        return native.ERROR
+    return None if device.type == "cpu" else f"its kernels run on cpu, not on {device.type}"

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from dla_kernels.backend import choose
 from dla_kernels.checks import Checker
 from dla_kernels.ops.layer_attention import reference
+from dla_kernels.ops.layer_attention.function import LayerAttention
 
 
 def layer_attention(
@@ -14,6 +16,7 @@ def layer_attention(
     values: Sequence[Tensor],  # T of [B, C, H, W]
     gates: Tensor,  # [B, T, C]
     head_dim: int = 32,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attends over the layers of a stage (Eq. 2) with the gates folded into the attention weights.
 
@@ -31,13 +34,15 @@ def layer_attention(
         values: T value maps [B, C, H, W] as they were first computed, of one dtype.
         gates: [B, T, C] cumulative gates of the T layers, 1 for the current one.
         head_dim: channels of a head; divides C.
+        backend: see :mod:`dla_kernels.backend`.
 
     Returns:
         o [B, C, H, W] in the maps' dtype, and for every sample and channel o's mean and biased variance over H, W,
         [B, C] each in the state's dtype.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, or no value map.
+        ValueError: a shape, dtype or device that does not fit, no value map, or no such backend.
+        RuntimeError: the backend asked for cannot run.
     """
     check = Checker("layer_attention")
     if not values:
@@ -49,4 +54,7 @@ def layer_attention(
     check.state("k", k, "B T C")
     check.state("gates", gates, "B T C")
     check.heads(head_dim)
-    return reference.layer_attention(q, k, values, gates, head_dim)
+    chosen = choose(q.device, backend)
+    if chosen == "reference":
+        return reference.layer_attention(q, k, values, gates, head_dim)
+    return LayerAttention.apply(q, k, gates, head_dim, chosen, *values)

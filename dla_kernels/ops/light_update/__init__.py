@@ -2,8 +2,11 @@
 
 from torch import Tensor
 
+from dla_kernels.backend import choose
 from dla_kernels.checks import Checker
+from dla_kernels.common import accumulate_dtype
 from dla_kernels.ops.light_update import reference
+from dla_kernels.ops.light_update.function import LightUpdate
 
 
 def light_update(
@@ -16,6 +19,7 @@ def light_update(
     gate: Tensor | None = None,  # [B, C]
     carry_weight: Tensor | None = None,  # [C, 1, 3, 3]
     head_dim: int = 32,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Adds a layer's attention to the gated carry of the layers before it (Eq. 3).
 
@@ -36,13 +40,16 @@ def light_update(
         gate: [B, C] the dynamic gate d of ``carried``; none leaves it as it is (MRLA-light).
         carry_weight: [C, 1, 3, 3] filter of the term depthwise3x3(carried); none leaves the term out.
         head_dim: channels of a head; divides C.
+        backend: see :mod:`dla_kernels.backend`.
 
     Returns:
         o [B, C, H, W] in x's dtype, and for every sample and channel o's mean and biased variance over H, W,
         [B, C] each in the state's dtype.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, or an argument of the carry without ``carried``.
+        ValueError: a shape, dtype or device that does not fit, an argument of the carry without ``carried``, or no
+            such backend.
+        RuntimeError: the backend asked for cannot run.
     """
     check = Checker("light_update")
     check.map("x", x)
@@ -61,4 +68,10 @@ def light_update(
             check.state("gate", gate, "B C")
         if carry_weight is not None:
             check.weight("carry_weight", carry_weight, "C 1 3 3")
-    return reference.light_update(x, q, k, value_weight, carried, carry_scale, gate, carry_weight, head_dim)
+    chosen = choose(x.device, backend)
+    if chosen == "reference":
+        return reference.light_update(x, q, k, value_weight, carried, carry_scale, gate, carry_weight, head_dim)
+    value_weight, carry_scale, carry_weight = (
+        None if w is None else w.to(accumulate_dtype(x)) for w in (value_weight, carry_scale, carry_weight)
+    )
+    return LightUpdate.apply(x, q, k, value_weight, carried, carry_scale, gate, carry_weight, head_dim, chosen)

@@ -2,8 +2,11 @@
 
 from torch import Tensor
 
+from dla_kernels.backend import choose
 from dla_kernels.checks import Checker
+from dla_kernels.common import accumulate_dtype
 from dla_kernels.ops.norm_residual import reference
+from dla_kernels.ops.norm_residual.function import NormResidual
 
 
 def norm_residual(
@@ -16,6 +19,7 @@ def norm_residual(
     keep: Tensor | None = None,  # [B]
     eps: float = 1e-5,
     relu: bool = False,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Normalises the attention output and adds it to the block's map.
 
@@ -37,12 +41,14 @@ def norm_residual(
         keep: [B] drop path's factor of each sample, 0 or 1 / (1 - rate), in the state's dtype; none keeps all.
         eps: added to the variance.
         relu: whether a ReLU follows the normalisation.
+        backend: see :mod:`dla_kernels.backend`.
 
     Returns:
         out [B, C, H, W] in x's dtype and its GAP y [B, C] in the state's dtype.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit.
+        ValueError: a shape, dtype or device that does not fit, or no such backend.
+        RuntimeError: the backend asked for cannot run.
     """
     check = Checker("norm_residual")
     check.map("x", x)
@@ -57,4 +63,8 @@ def norm_residual(
     check.weight("bias", bias, "C")
     if keep is not None:
         check.state("keep", keep, "B")
-    return reference.norm_residual(x, o, mean, var, weight, bias, keep, eps, relu)
+    chosen = choose(x.device, backend)
+    if chosen == "reference":
+        return reference.norm_residual(x, o, mean, var, weight, bias, keep, eps, relu)
+    mean, var, weight, bias = (t.to(accumulate_dtype(x)) for t in (mean, var, weight, bias))
+    return NormResidual.apply(x, o, mean, var, weight, bias, keep, eps, relu, chosen)

@@ -4,8 +4,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from dla_kernels.backend import choose
 from dla_kernels.checks import Checker
+from dla_kernels.common import ACTIVATIONS
 from dla_kernels.ops.refresh_gates import reference
+from dla_kernels.ops.refresh_gates.function import RefreshGates
 
 GATES = ("context", "hidden")
 
@@ -18,6 +21,7 @@ def refresh_gates(
     weights: Sequence[Tensor],
     activation: str = "sigmoid",
     gate: str = "context",
+    backend: str | None = None,
 ) -> Tensor:
     """Refreshes all prior layers by the current context (Eq. 6), without touching their maps.
 
@@ -35,12 +39,14 @@ def refresh_gates(
         h, c: [B, C] the current layer's hidden state and context.
         weights, activation: the DSU's, see :func:`dla_kernels.gap_dsu`.
         gate: what gates a layer, the new "context" c' or the new "hidden" state h'.
+        backend: see :mod:`dla_kernels.backend`.
 
     Returns:
         [B, T, C] the cumulative gates.
 
     Raises:
         ValueError: a shape, dtype, device, number of weights or name that does not fit.
+        RuntimeError: the backend asked for cannot run.
     """
     check = Checker("refresh_gates")
     check.state("features", features, "B T C")
@@ -50,4 +56,9 @@ def refresh_gates(
     check.dsu_weights(weights)
     check.activation(activation)
     check.one_of("gate", gate, GATES)
-    return reference.refresh_gates(features, gates, h, c, weights, activation, gate)
+    chosen = choose(features.device, backend)
+    if chosen == "reference":
+        return reference.refresh_gates(features, gates, h, c, weights, activation, gate)
+    weights = (w.to(features.dtype) for w in weights)
+    sigma = tuple(ACTIVATIONS).index(activation)
+    return RefreshGates.apply(features, gates, h, c, sigma, gate == "context", chosen, *weights)

@@ -1,0 +1,80 @@
+// Small matrix products of the recurrent state. Every element is summed by one thread in a fixed order. Included inside
+// an instruction set's namespace.
+
+// out [M, N] = x [M, K] W^T + bias, plus base [M / rows_per_base, N] where given; W [N, K].
+template <class A>
+void linear(int64_t M, int64_t N, int64_t K, const A* x, const Linear<A>& layer, const A* base, int64_t rows_per_base,
+            bool relu, A* out) {
+    constexpr int L = kLanes<A>, kRows = 4, kColumns = 4;
+    const int64_t columns = ceil_div(N, kColumns);
+    parallel(ceil_div(M, kRows) * columns, kRows * kColumns * K, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t m0 = task / columns * kRows, n0 = task % columns * kColumns;
+            // Beyond the edge the last row or column is computed again, and not stored.
+            const A *rows[kRows], *filters[kColumns];
+            for (int i = 0; i < kRows; ++i) rows[i] = x + std::min(m0 + i, M - 1) * K;
+            for (int j = 0; j < kColumns; ++j) filters[j] = layer.weight + std::min(n0 + j, N - 1) * layer.pitch;
+            Vec<A> sums[kRows][kColumns] = {};
+            for (int64_t k = 0; k < K; k += L) {
+                Vec<A> w[kColumns];
+                for (int j = 0; j < kColumns; ++j) w[j] = load<A>(filters[j] + k, K - k);
+                for (int i = 0; i < kRows; ++i) {
+                    const Vec<A> v = load<A>(rows[i] + k, K - k);
+                    for (int j = 0; j < kColumns; ++j) sums[i][j] += v * w[j];
+                }
+            }
+            for (int64_t m = m0; m < std::min(m0 + kRows, M); ++m) {
+                for (int64_t n = n0; n < std::min(n0 + kColumns, N); ++n) {
+                    A value = sum<A, L>(sums[m - m0][n - n0]);
+                    if (layer.bias) value += layer.bias[n];
+                    if (base) value += base[m / rows_per_base * N + n];
+                    out[m * N + n] = relu && value <= A(0) ? A(0) : value;
+                }
+            }
+        }
+    });
+}
+
+// out [M, N] = a B, where a(m, k) = a[m * row + k * column], B [K, N] and out have rows `pitch` apart.
+template <class A>
+void product(int64_t M, int64_t N, int64_t K, const A* a, int64_t row, int64_t column, const A* b, int64_t b_pitch,
+             A* out, int64_t out_pitch) {
+    constexpr int L = kLanes<A>, kRows = 4, kVectors = 2;
+    const int64_t columns = ceil_div(N, kVectors * L);
+    parallel(ceil_div(M, kRows) * columns, kRows * kVectors * L * K, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t m0 = task / columns * kRows, n0 = task % columns * kVectors * L;
+            const int64_t lanes[kVectors] = {N - n0, N - n0 - L};
+            Vec<A> sums[kRows][kVectors] = {};
+            for (int64_t k = 0; k < K; ++k) {
+                const A* from = b + k * b_pitch + n0;
+                const Vec<A> v[kVectors] = {load<A>(from, lanes[0]),
+                                            lanes[1] > 0 ? load<A>(from + L, lanes[1]) : Vec<A>{}};
+                for (int i = 0; i < kRows; ++i) {
+                    const A factor = a[std::min(m0 + i, M - 1) * row + k * column];
+                    for (int j = 0; j < kVectors; ++j) sums[i][j] += factor * v[j];
+                }
+            }
+            for (int64_t m = m0; m < std::min(m0 + kRows, M); ++m) {
+                for (int j = 0; j < kVectors && lanes[j] > 0; ++j) {
+                    store<A>(out + m * out_pitch + n0 + j * L, sums[m - m0][j], lanes[j]);
+                }
+            }
+        }
+    });
+}
+
+// out [N] = sum over the rows of x [M, N].
+template <class A>
+void add_rows(int64_t M, int64_t N, const A* x, A* out) {
+    std::fill_n(out, N, A(0));
+    for (int64_t m = 0; m < M; ++m) {
+        for (int64_t n = 0; n < N; ++n) out[n] += x[m * N + n];
+    }
+}
+
+// out [M / T, N] = sums of T rows each of x [M, N].
+template <class A>
+void add_groups(int64_t groups, int64_t T, int64_t N, const A* x, A* out) {
+    for (int64_t g = 0; g < groups; ++g) add_rows(T, N, x + g * T * N, out + g * N);
+}

@@ -1,0 +1,95 @@
+// Writing an output map out of float accumulators together with its mean and variance over H, W. Two passes over what
+// still lies in the cache: no sum of squares, so nothing cancels. Included inside an instruction set's namespace.
+
+// o [H, W], `pitch` apart, readable up to a whole vector beyond every row -> out, and its moments.
+template <class A, int N, class T>
+void finish_plane(const A* o, int64_t pitch, int64_t H, int64_t W, T* out, A& mean, A& var) {
+    Vec<A, N> total = {};
+    for (int64_t i = 0; i < H; ++i) {
+        for (int64_t j = 0; j < W; j += N) total += keep_lanes<A, N>(load<A, N>(o + i * pitch + j), W - j);
+    }
+    mean = sum<A, N>(total) / A(H * W);
+    total = Vec<A, N>{};
+    for (int64_t i = 0; i < H; ++i) {
+        for (int64_t j = 0; j < W; j += N) {
+            const Vec<A, N> value = load<A, N>(o + i * pitch + j);
+            const Vec<A, N> centred = keep_lanes<A, N>(value - mean, W - j);
+            store<A, N>(out + i * W + j, value, W - j);
+            total += centred * centred;
+        }
+    }
+    var = sum<A, N>(total) / A(H * W);
+}
+
+// Mean and squared deviations of channels_last pixels, gathered group by group (Chan's formula).
+template <class A>
+struct RunningMoments {
+    A *total, *deviations;  // [C] each, zero at first
+    int64_t count = 0;
+
+    // Adds a group of `pixels` whose sum and squared deviations from its own mean are given.
+    void add(int64_t c, int64_t n, int64_t pixels, Vec<A> group_total, Vec<A> group_deviations) const {
+        const Vec<A> before = load<A>(total + c, n);
+        Vec<A> between = {};
+        if (count > 0) {
+            const Vec<A> apart = group_total / A(pixels) - before / A(count);
+            between = apart * apart * (A(count) * A(pixels) / A(count + pixels));
+        }
+        store<A>(deviations + c, load<A>(deviations + c, n) + group_deviations + between, n);
+        store<A>(total + c, before + group_total, n);
+    }
+};
+
+// o [pixels, C], `pitch` apart and readable up to a whole vector beyond C -> out, and the group joins `moments`.
+template <class A, class T>
+void finish_pixels(const A* o, int64_t pitch, int64_t pixels, int64_t C, T* out, int64_t out_pitch,
+                   RunningMoments<A>& moments) {
+    constexpr int N = kLanes<A>;
+    for (int64_t c = 0; c < C; c += N) {
+        Vec<A> total = {}, deviations = {};
+        for (int64_t p = 0; p < pixels; ++p) total += load<A>(o + p * pitch + c);
+        const Vec<A> mean = total / A(pixels);
+        for (int64_t p = 0; p < pixels; ++p) {
+            const Vec<A> value = load<A>(o + p * pitch + c);
+            const Vec<A> centred = value - mean;
+            deviations += centred * centred;
+            store<A>(out + p * out_pitch + c, value, C - c);
+        }
+        moments.add(c, C - c, pixels, total, deviations);
+    }
+    moments.count += pixels;
+}
+
+// The moments of `runs` runs of rows, [B, runs, C] sums and squared deviations -> mean and variance [B, C].
+template <class A>
+void merge_runs(const Shape& s, const RowRuns& runs, const A* totals, const A* deviations, A* mean, A* var) {
+    constexpr int N = kLanes<A>;
+    for (int64_t i = 0; i < s.B * s.C; ++i) mean[i] = var[i] = 0;
+    for (int64_t b = 0; b < s.B; ++b) {
+        RunningMoments<A> moments{mean + b * s.C, var + b * s.C};
+        for (int64_t k = 0; k < runs.count; ++k) {
+            const int64_t pixels = (std::min(s.H, (k + 1) * runs.rows) - k * runs.rows) * s.W;
+            const int64_t i = (b * runs.count + k) * s.C;
+            for (int64_t c = 0; c < s.C; c += N) {
+                const int64_t n = s.C - c;
+                moments.add(c, n, pixels, load<A>(totals + i + c, n), load<A>(deviations + i + c, n));
+            }
+            moments.count += pixels;
+        }
+    }
+    for (int64_t i = 0; i < s.B * s.C; ++i) {
+        mean[i] /= A(s.HW());
+        var[i] /= A(s.HW());
+    }
+}
+
+// The gradient that reaches o, for one vector: its own, and those of its mean and variance.
+template <class A>
+struct OutputGradient {
+    A slope, mean, offset;  // grad + slope * (o - mean) + offset
+    static OutputGradient of(const A* grad_mean, const A* grad_var, const A* mean, int64_t i, int64_t HW) {
+        // A single pixel has no variance, though its rounded value may differ from the mean.
+        const A slope = grad_var && HW > 1 ? A(2) * grad_var[i] / A(HW) : A(0);
+        return {slope, mean[i], grad_mean ? grad_mean[i] / A(HW) : A(0)};
+    }
+};

@@ -1,0 +1,144 @@
+// Vectors of one instruction set: DLA_VECTOR_BYTES wide where nothing else is said. Included by each_isa.h inside that
+// set's namespace, several times, hence without an include guard.
+
+template <class A, int N>
+struct VectorOf {
+    typedef A type __attribute__((vector_size(N * sizeof(A))));
+};
+template <class A>
+constexpr int kLanes = DLA_VECTOR_BYTES / sizeof(A);
+template <class A, int N = kLanes<A>>
+using Vec = typename VectorOf<A, N>::type;
+
+template <class To, class From>
+inline To bit_cast(const From& from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
+template <class A, int N = kLanes<A>>
+inline Vec<A, N> broadcast(A value) {
+    Vec<A, N> v;
+    for (int i = 0; i < N; ++i) v[i] = value;
+    return v;
+}
+
+// N numbers of type T from memory of any alignment, as accumulators.
+template <class A, int N = kLanes<A>, class T>
+inline Vec<A, N> load(const T* p) {
+    if constexpr (std::is_same_v<T, A>) {
+        Vec<A, N> v;
+        std::memcpy(&v, p, sizeof(v));
+        return v;
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+        Vec<uint16_t, N> bits;
+        std::memcpy(&bits, p, sizeof(bits));
+        return bit_cast<Vec<A, N>>(__builtin_convertvector(bits, Vec<uint32_t, N>) << 16);
+    } else {
+        static_assert(std::is_same_v<T, Half>);
+#if DLA_F16C
+        if constexpr (N == 8) {
+            return bit_cast<Vec<A, N>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+        }
+#endif
+#if DLA_VECTOR_BYTES == 64
+        if constexpr (N == 16) {
+            return bit_cast<Vec<A, N>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+        }
+#endif
+        Vec<A, N> v;
+        for (int i = 0; i < N; ++i) v[i] = static_cast<A>(p[i]);
+        return v;
+    }
+}
+
+// The reverse, rounding to nearest even.
+template <class A, int N = kLanes<A>, class T>
+inline void store(T* p, Vec<A, N> v) {
+    if constexpr (std::is_same_v<T, A>) {
+        std::memcpy(p, &v, sizeof(v));
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+        const auto bits = bit_cast<Vec<uint32_t, N>>(v);
+        const auto rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+        const auto nan = Vec<uint32_t, N>{} + 0x7FC0u;  // rounding could carry a NaN's payload into an infinity
+        const auto low = __builtin_convertvector(v != v ? nan : rounded, Vec<uint16_t, N>);
+        std::memcpy(p, &low, sizeof(low));
+    } else {
+        static_assert(std::is_same_v<T, Half>);
+#if DLA_F16C
+        if constexpr (N == 8) {
+            const __m128i bits = _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bits);
+            return;
+        }
+#endif
+#if DLA_VECTOR_BYTES == 64
+        if constexpr (N == 16) {
+            const __m256i bits = _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
+            return;
+        }
+#endif
+        for (int i = 0; i < N; ++i) p[i] = static_cast<T>(static_cast<float>(v[i]));
+    }
+}
+
+// n of N numbers. Moves of constant size, halving: the branches go the same way in every row of a map.
+template <int N, class T>
+inline void copy_some(T* to, const T* from, int64_t n) {
+    if constexpr (N > 1) {
+        if (n & (N / 2)) {
+            std::memcpy(static_cast<void*>(to), from, N / 2 * sizeof(T));
+            to += N / 2;
+            from += N / 2;
+        }
+        copy_some<N / 2>(to, from, n);
+    }
+}
+
+// The first n of N numbers; zeros for the others, whose memory is not touched.
+template <class A, int N = kLanes<A>, class T>
+inline Vec<A, N> load(const T* p, int64_t n) {
+    if (n >= N) return load<A, N>(p);
+    T some[N];
+    std::memset(static_cast<void*>(some), 0, sizeof(some));
+    copy_some<N>(some, p, n);
+    return load<A, N>(some);
+}
+
+template <class A, int N = kLanes<A>, class T>
+inline void store(T* p, Vec<A, N> v, int64_t n) {
+    if (n >= N) return store<A, N>(p, v);
+    T some[N];
+    store<A, N>(some, v);
+    copy_some<N>(p, some, n);
+}
+
+// v in the first n lanes, zero in the others, whatever they hold.
+template <class A, int N = kLanes<A>>
+inline Vec<A, N> keep_lanes(Vec<A, N> v, int64_t n) {
+    if (n >= N) return v;
+    using I = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+    Vec<I, N> lane;
+    for (int i = 0; i < N; ++i) lane[i] = i;
+    return lane < static_cast<I>(n) ? v : Vec<A, N>{};
+}
+
+// load(p, n) where `room` numbers from p on are readable: faster, where that is a whole vector.
+template <class A, int N = kLanes<A>, class T>
+inline Vec<A, N> load(const T* p, int64_t n, int64_t room) {
+    return room >= N ? keep_lanes<A, N>(load<A, N>(p), n) : load<A, N>(p, n);
+}
+
+template <class A, int N = kLanes<A>>
+inline A sum(Vec<A, N> v) {
+    if constexpr (N == 1) {
+        return v[0];
+    } else {
+        Vec<A, N / 2> halves[2];
+        std::memcpy(halves, &v, sizeof(v));
+        return sum<A, N / 2>(halves[0] + halves[1]);
+    }
+}

@@ -1,0 +1,37 @@
+// light_update on the CPU, compiled once for every instruction set.
+#include "common/moments.h"
+#include "light_update/planes.h"
+#include "light_update/rows.h"
+
+// Calls body with the way the carry enters as a constant.
+template <class Args, class Body>
+void on_carry(const Args& a, const Body& body) {
+    if (!a.carry_scale) return body(std::integral_constant<Carry, Carry::none>{});
+    if (!a.carry_weight) return body(std::integral_constant<Carry, Carry::scaled>{});
+    body(std::integral_constant<Carry, Carry::filtered>{});
+}
+
+// Calls body with the lanes of a plane's vectors: half of them where a row is so short that the rest would idle.
+template <class A, class Body>
+void on_lanes(int64_t W, const Body& body) {
+    if constexpr (kLanes<A> > 8) {
+        if (W <= 8) return body(std::integral_constant<int, 8>{});
+    }
+    body(std::integral_constant<int, kLanes<A>>{});
+}
+
+template <class T>
+void forward(const LightUpdateForward<T>& a, bool channels_last) {
+    on_carry(a, [&](auto carry) {
+        if (channels_last) return forward_rows_of<T, carry()>(a);
+        on_lanes<Acc<T>>(a.shape.W, [&](auto lanes) { forward_planes_of<T, lanes(), carry()>(a); });
+    });
+}
+
+template <class T>
+void backward(const LightUpdateBackward<T>& a, bool channels_last) {
+    on_carry(a, [&](auto carry) {
+        if (channels_last) return backward_rows_of<T, carry()>(a);
+        on_lanes<Acc<T>>(a.shape.W, [&](auto lanes) { backward_planes_of<T, lanes(), carry()>(a); });
+    });
+}

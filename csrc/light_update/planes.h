@@ -1,0 +1,167 @@
+// light_update on NCHW maps, one plane at a time. A plane goes through a zero-padded copy in accumulators, small enough
+// for the first two caches, so the 3x3 filters meet no edge; N lanes cover a piece of a row, a strip covers all rows.
+
+// The padded copy of a plane: row i at row(i), -1 <= i <= H, with zeros around it.
+template <class A, int N>
+struct PaddedPlane {
+    int64_t pitch;
+    Scratch<A> memory;
+
+    PaddedPlane(int64_t H, int64_t W) : pitch(round_up(W, N) + N), memory((H + 2) * pitch + 2 * N, A(0)) {}
+    A* row(int64_t i) const { return memory.get() + N + (i + 1) * pitch; }
+};
+
+template <class A, int N, class T>
+void fill(const PaddedPlane<A, N>& plane, const T* x, int64_t H, int64_t W) {
+    for (int64_t i = 0; i < H; ++i) {
+        for (int64_t j = 0; j < W; j += N) {
+            store<A, N>(plane.row(i) + j, load<A, N>(x + i * W + j, W - j, (H - i) * W - j));
+        }
+    }
+}
+
+// The columns from j on of o = filter_x over x + (filter_carried over carried, or factor * carried).
+template <class T, int N, Carry kCarry, class A = Acc<T>>
+void forward_strip(const PaddedPlane<A, N>& x, const PaddedPlane<A, N>& carried, const T* carried_map, int64_t H,
+                   int64_t W, int64_t j, const A* filter_x, const A* filter_carried, A* o, int64_t o_pitch) {
+    using V = Vec<A, N>;
+    V fx[9], fc[9];
+    for (int t = 0; t < 9; ++t) {
+        fx[t] = broadcast<A, N>(filter_x[t]);
+        fc[t] = broadcast<A, N>(filter_carried[t]);
+    }
+    // Each row of the input is read once and adds to three rows of the output, held in registers.
+    V above = {}, here = {};
+    for (int64_t i = 0; i < H; ++i) {
+        V below = {};
+        const auto add_row = [&](const A* row, const V* f) {
+            for (int dx = 0; dx < 3; ++dx) {
+                const V v = load<A, N>(row + j + dx - 1);
+                below += f[dx] * v;
+                here += f[3 + dx] * v;
+                above += f[6 + dx] * v;
+            }
+        };
+        add_row(x.row(i), fx);
+        if constexpr (kCarry == Carry::filtered) add_row(carried.row(i), fc);
+        if constexpr (kCarry == Carry::scaled) {
+            here += fc[4] * load<A, N>(carried_map + i * W + j, W - j, (H - i) * W - j);
+        }
+        if (i > 0) store<A, N>(o + (i - 1) * o_pitch + j, above);
+        above = here;
+        here = below;
+    }
+    store<A, N>(o + (H - 1) * o_pitch + j, above);
+}
+
+template <class T, int N, Carry kCarry>
+void forward_planes_of(const LightUpdateForward<T>& a) {
+    using A = Acc<T>;
+    const auto [B, C, H, W] = a.shape;
+    const int64_t o_pitch = round_up(W, N);
+    parallel(B * C, 4 * H * W, [&, C = C, H = H, W = W](int64_t begin, int64_t end) {
+        const PaddedPlane<A, N> x(H, W), carried(kCarry == Carry::filtered ? H : 0, W);
+        const Scratch<A> o(H * o_pitch);
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t b = i / C, c = i % C;
+            A filter_x[9], filter_carried[9];
+            for (int t = 0; t < 9; ++t) {
+                filter_x[t] = x_filter(a, b, c, t);
+                filter_carried[t] = carried_filter(a, b, c, t);
+            }
+            fill<A, N>(x, a.x.at(b, c, 0), H, W);
+            const T* carried_map = kCarry == Carry::none ? nullptr : a.carried.at(b, c, 0);
+            if constexpr (kCarry == Carry::filtered) fill<A, N>(carried, carried_map, H, W);
+            for (int64_t j = 0; j < W; j += N) {
+                forward_strip<T, N, kCarry>(x, carried, carried_map, H, W, j, filter_x, filter_carried, o.get(),
+                                            o_pitch);
+            }
+            finish_plane<A, N>(o.get(), o_pitch, H, W, a.out.at(b, c, 0), a.mean[i], a.var[i]);
+        }
+    });
+}
+
+// The columns from j on of both maps' gradients, and of the products for the filters' ones:
+// products[t] = sum of x times the output's gradient shifted by tap t.
+template <class T, int N, Carry kCarry, class A = Acc<T>>
+void backward_strip(const PaddedPlane<A, N>& grad, const T* x, const T* carried, T* grad_x, T* grad_carried, int64_t H,
+                    int64_t W, int64_t j, const A* filter_x, const A* filter_carried, Vec<A, N>* products) {
+    using V = Vec<A, N>;
+    V fx[9], fc[9], px[9], pc[9], g[9];  // g: the gradient around a pixel, in the order of the taps it met
+    for (int t = 0; t < 9; ++t) {
+        fx[t] = broadcast<A, N>(filter_x[t]);
+        fc[t] = broadcast<A, N>(filter_carried[t]);
+        px[t] = products[t];
+        pc[t] = products[9 + t];
+    }
+    const auto load_row = [&](int64_t i, V* to) {
+        for (int dx = 0; dx < 3; ++dx) to[dx] = load<A, N>(grad.row(i) + j + 1 - dx);
+    };
+    load_row(-1, g + 3);
+    load_row(0, g);
+    for (int64_t i = 0; i < H; ++i) {
+        for (int dx = 0; dx < 3; ++dx) {
+            g[6 + dx] = g[3 + dx];
+            g[3 + dx] = g[dx];
+        }
+        load_row(i + 1, g);
+        const int64_t p = i * W + j, room = (H - i) * W - j;
+        const V at_x = load<A, N>(x + p, W - j, room);
+        V of_x = {};
+        for (int t = 0; t < 9; ++t) {
+            of_x += fx[t] * g[t];
+            px[t] += at_x * g[t];
+        }
+        if (grad_x) store<A, N>(grad_x + p, of_x, W - j);
+        if constexpr (kCarry != Carry::none) {
+            const V at_carried = load<A, N>(carried + p, W - j, room);
+            V of_carried = fc[4] * g[4];
+            pc[4] += at_carried * g[4];
+            for (int t = 0; kCarry == Carry::filtered && t < 9; ++t) {
+                if (t == 4) continue;
+                of_carried += fc[t] * g[t];
+                pc[t] += at_carried * g[t];
+            }
+            if (grad_carried) store<A, N>(grad_carried + p, of_carried, W - j);
+        }
+    }
+    for (int t = 0; t < 9; ++t) {
+        products[t] = px[t];
+        products[9 + t] = pc[t];
+    }
+}
+
+template <class T, int N, Carry kCarry>
+void backward_planes_of(const LightUpdateBackward<T>& a) {
+    using A = Acc<T>;
+    const auto [B, C, H, W] = a.shape;
+    parallel(B * C, 8 * H * W, [&, C = C, H = H, W = W](int64_t begin, int64_t end) {
+        const PaddedPlane<A, N> grad(H, W);
+        for (int64_t k = begin; k < end; ++k) {
+            const int64_t b = k / C, c = k % C;
+            const auto of_o = OutputGradient<A>::of(a.grad_mean, a.grad_var, a.mean, k, H * W);
+            const T *grad_o = a.grad_o.at(b, c, 0), *o = a.o ? a.o.at(b, c, 0) : nullptr;
+            for (int64_t i = 0; i < H; ++i) {
+                for (int64_t j = 0; j < W; j += N) {
+                    const int64_t p = i * W + j, room = (H - i) * W - j;
+                    Vec<A, N> g = load<A, N>(grad_o + p, W - j, room) + of_o.offset;
+                    if (o) g += of_o.slope * (load<A, N>(o + p, W - j, room) - of_o.mean);
+                    store<A, N>(grad.row(i) + j, keep_lanes<A, N>(g, W - j));
+                }
+            }
+            A filter_x[9], filter_carried[9];
+            for (int t = 0; t < 9; ++t) {
+                filter_x[t] = x_filter(a, b, c, t);
+                filter_carried[t] = carried_filter(a, b, c, t);
+            }
+            Vec<A, N> products[kProducts] = {};
+            for (int64_t j = 0; j < W; j += N) {
+                backward_strip<T, N, kCarry>(grad, a.x.at(b, c, 0), a.carried ? a.carried.at(b, c, 0) : nullptr,
+                                             a.grad_x ? a.grad_x.at(b, c, 0) : nullptr,
+                                             a.grad_carried ? a.grad_carried.at(b, c, 0) : nullptr, H, W, j, filter_x,
+                                             filter_carried, products);
+            }
+            for (int t = 0; t < kProducts; ++t) a.products[(b * kProducts + t) * C + c] = sum<A, N>(products[t]);
+        }
+    });
+}

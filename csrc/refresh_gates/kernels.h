@@ -1,0 +1,50 @@
+// refresh_gates on the CPU; compiled once for every instruction set.
+#include "common/dsu.h"
+
+// The prior layers' features as they are now: features * gates.
+template <class A>
+Scratch<A> gated_features(const RefreshGates<A>& a) {
+    const int64_t size = a.dsu.M() * a.dsu.C;
+    Scratch<A> y(size);
+    for (int64_t i = 0; i < size; ++i) y[i] = a.features[i] * a.gates[i];
+    return y;
+}
+
+// What gates a layer: the new context, or the new hidden state.
+template <class A>
+inline Vec<A> new_gate(const RefreshGates<A>& a, Vec<A> context) {
+    return a.of_context ? context : activate<A>(a.dsu.activation, context);
+}
+
+template <class A>
+void forward(const RefreshGatesForward<A>& a) {
+    const int64_t size = a.dsu.M() * a.dsu.C;
+    const DsuStep<A> step(a.dsu);
+    dsu_forward(a.dsu, gated_features(a).get(), a.h, a.c, step);
+    for (int64_t i = 0; i < size; i += kLanes<A>) {
+        const Vec<A> d = new_gate(a, load<A>(&step.context[i], size - i));
+        store<A>(a.out + i, load<A>(a.gates + i, size - i) * d, size - i);
+    }
+}
+
+template <class A>
+void backward(const RefreshGatesBackward<A>& a) {
+    const int64_t size = a.dsu.M() * a.dsu.C;
+    const DsuStep<A> step(a.dsu);
+    const Scratch<A> y = gated_features(a), grad_context(size), grad_y(size);
+    dsu_forward(a.dsu, y.get(), a.h, a.c, step);
+    for (int64_t i = 0; i < size; i += kLanes<A>) {
+        const int64_t n = size - i;
+        const Vec<A> context = load<A>(&step.context[i], n);
+        Vec<A> grad = load<A>(a.grad + i, n) * load<A>(a.gates + i, n);
+        if (!a.of_context) grad *= activation_slope<A>(a.dsu.activation, context);
+        store<A>(&grad_context[i], grad, n);
+    }
+    dsu_backward(a.dsu, y.get(), a.h, a.c, step, grad_context.get(), a.grads, grad_y.get(), a.grad_h, a.grad_c);
+    for (int64_t i = 0; i < size; i += kLanes<A>) {
+        const int64_t n = size - i;
+        const Vec<A> of_y = load<A>(&grad_y[i], n), d = new_gate(a, load<A>(&step.context[i], n));
+        store<A>(a.grad_features + i, of_y * load<A>(a.gates + i, n), n);
+        store<A>(a.grad_gates + i, load<A>(a.grad + i, n) * d + of_y * load<A>(a.features + i, n), n);
+    }
+}

@@ -1,0 +1,75 @@
+"""The native library: loaded once, and where that fails, the cause is kept instead of raised."""
+
+from collections.abc import Callable
+
+import torch
+
+
+def _load() -> str | None:
+    """Loads ``dla_kernels._C``, which registers the library ops; returns why it could not."""
+    try:
+        import dla_kernels._C
+    except ModuleNotFoundError as error:
+        if error.name != "dla_kernels._C":
+            return f"dla_kernels._C does not load: {error}"
+        return "dla_kernels._C was not built: there was no C++ compiler when the package was installed"
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"dla_kernels._C does not load: {error}"
+    return None
+
+
+#: Why there are no native kernels; None where there are.
+ERROR: str | None = _load()
+
+
+def library_ops(op: str, fake_forward: Callable, fake_backward: Callable) -> tuple[Callable, Callable]:
+    """The two library ops of ``op``, given what they return under FakeTensor.
+
+    Without the native library the ops do not exist, and calling one says why.
+    """
+    if ERROR is not None:
+
+        def missing(*args):
+            raise RuntimeError(f"{op}: {ERROR}")
+
+        return missing, missing
+    for kind, fake in (("forward", fake_forward), ("backward", fake_backward)):
+        torch.library.register_fake(f"dla_kernels::{op}_{kind}", fake)
+    namespace = torch.ops.dla_kernels
+    return getattr(namespace, f"{op}_forward").default, getattr(namespace, f"{op}_backward").default
+
+
+def build_info() -> dict[str, str]:
+    """How the native library was built, and which instruction set its kernels use here.
+
+    Raises:
+        RuntimeError: there is none, with the cause.
+    """
+    if ERROR is not None:
+        raise RuntimeError(ERROR)
+    from dla_kernels import _C
+
+    return _C.build_info() | {
+        "instruction_sets": " ".join(_C.instruction_sets()),
+        "instruction_set": _C.instruction_set(),
+    }
+
+
+def is_walkable(x: torch.Tensor) -> bool:
+    """Whether the kernels read this map as it is: its rows without gaps, its pixels or its channels adjacent.
+
+    The same rule as in csrc/common/tensor.h; every other map goes through one ``contiguous()``.
+    """
+    height, width = x.shape[2:]
+    if width == 1:
+        pixel = 1 if height == 1 else x.stride(2)
+    elif height == 1 or x.stride(2) == width * x.stride(3):
+        pixel = x.stride(3)
+    else:
+        return False
+    return pixel == 1 or (x.shape[1] > 1 and x.stride(1) == 1 and pixel > 1)
+
+
+def empty_map_like(x: torch.Tensor) -> torch.Tensor:
+    """What the kernels allocate for an output map beside ``x``."""
+    return torch.empty_like(x if is_walkable(x) else x.contiguous())

@@ -1,0 +1,64 @@
+"""``norm_residual`` with its gradient, over the fused backends."""
+
+import torch
+from torch import Tensor
+
+from dla_kernels import double_backward
+from dla_kernels.native import empty_map_like, library_ops
+
+
+def fake_forward(x, o, mean, var, weight, bias, keep, eps, relu):
+    return empty_map_like(x), mean.new_empty(x.shape[:2])
+
+
+def fake_backward(grad_out, grad_y, o, mean, var, weight, bias, keep, eps, relu, need_x, need_o, need_keep):
+    return (
+        empty_map_like(o) if need_x else o.new_empty(0),
+        empty_map_like(o) if need_o else o.new_empty(0),
+        *(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (mean, var, weight, bias)),
+        mean.new_empty(o.shape[0] if need_keep else 0),
+    )
+
+
+#: {backend: (forward, backward)}
+BACKENDS = {"native": library_ops("norm_residual", fake_forward, fake_backward)}
+
+
+class NormResidual(torch.autograd.Function):
+    """Saves ``o`` and vectors; the gradient of ``x`` is that of ``out`` itself where y's is not asked for."""
+
+    @staticmethod
+    def forward(x, o, mean, var, weight, bias, keep, eps, relu, backend):
+        return BACKENDS[backend][0](x, o, mean, var, weight, bias, keep, eps, relu)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, *tensors, ctx.eps, ctx.relu, ctx.backend = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor | None, grad_y: Tensor | None):
+        o, mean, var, weight, bias, keep = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(o)
+        need_x, need_o, need_mean, need_var, need_weight, need_bias, need_keep = ctx.needs_input_grad[:7]
+        grads = BACKENDS[ctx.backend][1](
+            grad_out, grad_y, o, mean, var, weight, bias, keep, ctx.eps, ctx.relu,
+            need_x and grad_y is not None, need_o, need_keep,
+        )  # fmt: skip
+        grad_x, grad_o, grad_mean, grad_var, grad_weight, grad_bias, grad_keep = grads
+        grads = (
+            (grad_out if grad_y is None else grad_x) if need_x else None,
+            grad_o if need_o else None,
+            grad_mean if need_mean else None,
+            grad_var if need_var else None,
+            grad_weight if need_weight else None,
+            grad_bias if need_bias else None,
+            grad_keep if need_keep else None,
+        )
+        return *double_backward.once("norm_residual", grads, (grad_out, grad_y, *ctx.saved_tensors)), *(
+            None,  # eps
+            None,  # relu
+            None,  # backend
+        )
