@@ -42,7 +42,7 @@ def can_run(backend: str, device: torch.device, raise_error: bool = False) -> bo
     Raises:
         RuntimeError: it cannot, and ``raise_error`` is set; the message is the reason.
     """
-    reason = _why_not(backend, device)
+    reason = why_not(backend, device)
     if reason is not None and raise_error:
         raise RuntimeError(f"backend {backend}: {reason}")
     return reason is None
@@ -76,7 +76,8 @@ def _check(backend: str, source: str) -> str:
     return backend
 
 
-def _why_not(backend: str, device: torch.device) -> str | None:
+def why_not(backend: str, device: torch.device) -> str | None:
+    """The reason why ``backend`` cannot run ops on ``device``; None where it can."""
     if backend == "reference":
         return None
     if native.ERROR is not None:

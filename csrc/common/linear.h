@@ -6,7 +6,7 @@ template <class A>
 void linear(int64_t M, int64_t N, int64_t K, const A* x, const Linear<A>& layer, const A* base, int64_t rows_per_base,
             bool relu, A* out) {
     constexpr int L = kLanes<A>, kRows = 4, kColumns = 4;
-    const int64_t columns = ceil_div(N, kColumns);
+    const int64_t columns = ceil_div(N, kColumns), whole = K / L * L;
     parallel(ceil_div(M, kRows) * columns, kRows * kColumns * K, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
             const int64_t m0 = task / columns * kRows, n0 = task % columns * kColumns;
@@ -15,17 +15,22 @@ void linear(int64_t M, int64_t N, int64_t K, const A* x, const Linear<A>& layer,
             for (int i = 0; i < kRows; ++i) rows[i] = x + std::min(m0 + i, M - 1) * K;
             for (int j = 0; j < kColumns; ++j) filters[j] = layer.weight + std::min(n0 + j, N - 1) * layer.pitch;
             Vec<A> sums[kRows][kColumns] = {};
-            for (int64_t k = 0; k < K; k += L) {
+            const auto add = [&](int64_t k, int64_t n) {
                 Vec<A> w[kColumns];
-                for (int j = 0; j < kColumns; ++j) w[j] = load<A>(filters[j] + k, K - k);
+                for (int j = 0; j < kColumns; ++j) w[j] = load<A>(filters[j] + k, n);
                 for (int i = 0; i < kRows; ++i) {
-                    const Vec<A> v = load<A>(rows[i] + k, K - k);
+                    const Vec<A> v = load<A>(rows[i] + k, n);
                     for (int j = 0; j < kColumns; ++j) sums[i][j] += v * w[j];
                 }
-            }
-            for (int64_t m = m0; m < std::min(m0 + kRows, M); ++m) {
-                for (int64_t n = n0; n < std::min(n0 + kColumns, N); ++n) {
-                    A value = sum<A, L>(sums[m - m0][n - n0]);
+            };
+            for (int64_t k = 0; k < whole; k += L) add(k, L);
+            if (whole < K) add(whole, K - whole);
+            // Constant bounds: the sums then stay in registers.
+            for (int i = 0; i < kRows; ++i) {
+                for (int j = 0; j < kColumns; ++j) {
+                    const int64_t m = m0 + i, n = n0 + j;
+                    if (m >= M || n >= N) continue;
+                    A value = sum<A, L>(sums[i][j]);
                     if (layer.bias) value += layer.bias[n];
                     if (base) value += base[m / rows_per_base * N + n];
                     out[m * N + n] = relu && value <= A(0) ? A(0) : value;
@@ -39,26 +44,37 @@ void linear(int64_t M, int64_t N, int64_t K, const A* x, const Linear<A>& layer,
 template <class A>
 void product(int64_t M, int64_t N, int64_t K, const A* a, int64_t row, int64_t column, const A* b, int64_t b_pitch,
              A* out, int64_t out_pitch) {
-    constexpr int L = kLanes<A>, kRows = 4, kVectors = 2;
+    constexpr int L = kLanes<A>, kRows = 6, kVectors = 2;
     const int64_t columns = ceil_div(N, kVectors * L);
     parallel(ceil_div(M, kRows) * columns, kRows * kVectors * L * K, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
             const int64_t m0 = task / columns * kRows, n0 = task % columns * kVectors * L;
-            const int64_t lanes[kVectors] = {N - n0, N - n0 - L};
-            Vec<A> sums[kRows][kVectors] = {};
-            for (int64_t k = 0; k < K; ++k) {
-                const A* from = b + k * b_pitch + n0;
-                const Vec<A> v[kVectors] = {load<A>(from, lanes[0]),
-                                            lanes[1] > 0 ? load<A>(from + L, lanes[1]) : Vec<A>{}};
+            const A* rows[kRows];
+            for (int i = 0; i < kRows; ++i) rows[i] = a + std::min(m0 + i, M - 1) * row;
+            // Full vectors as a constant: no check inside the loop, and the sums stay in registers.
+            const auto run = [&](auto lanes0, auto lanes1) {
+                Vec<A> sums[kRows][kVectors] = {};
+                for (int64_t k = 0; k < K; ++k) {
+                    const A* from = b + k * b_pitch + n0;
+                    const Vec<A> v0 = load<A>(from, lanes0), v1 = load<A>(from + L, lanes1);
+                    for (int i = 0; i < kRows; ++i) {
+                        const A factor = rows[i][k * column];
+                        sums[i][0] += factor * v0;
+                        sums[i][1] += factor * v1;
+                    }
+                }
                 for (int i = 0; i < kRows; ++i) {
-                    const A factor = a[std::min(m0 + i, M - 1) * row + k * column];
-                    for (int j = 0; j < kVectors; ++j) sums[i][j] += factor * v[j];
+                    if (m0 + i >= M) continue;
+                    A* to = out + (m0 + i) * out_pitch + n0;
+                    store<A>(to, sums[i][0], lanes0);
+                    store<A>(to + L, sums[i][1], lanes1);
                 }
-            }
-            for (int64_t m = m0; m < std::min(m0 + kRows, M); ++m) {
-                for (int j = 0; j < kVectors && lanes[j] > 0; ++j) {
-                    store<A>(out + m * out_pitch + n0 + j * L, sums[m - m0][j], lanes[j]);
-                }
+            };
+            constexpr std::integral_constant<int64_t, L> kFull;
+            if (N - n0 >= kVectors * L) {
+                run(kFull, kFull);
+            } else {
+                run(std::min<int64_t>(L, N - n0), std::max<int64_t>(0, N - n0 - L));
             }
         }
     });

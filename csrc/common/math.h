@@ -11,11 +11,11 @@ inline Vec<double> exp(Vec<double> x) {
 }
 
 // 2^n times the Taylor polynomial of degree 7 around 0 for what is left, at most ln 2 / 2 = 0.35: the first term left
-// out is 0.35^8 / 8! = 6e-9, a tenth of an ulp. Beyond +-87 the result would leave the normal numbers.
+// out is 0.35^8 / 8! = 6e-9, a tenth of an ulp. Beyond +-87 the result, or its inverse, would leave the normal numbers.
 inline Vec<float> exp(Vec<float> x) {
     using V = Vec<float>;
     using I = Vec<int32_t>;
-    const V clamped = x > 88.0f ? V{} + 88.0f : x < -87.0f ? V{} - 87.0f : x;
+    const V clamped = x > 87.0f ? V{} + 87.0f : x < -87.0f ? V{} - 87.0f : x;
     const V scaled = clamped * 1.44269504f;  // 1 / ln 2
     const I n = __builtin_convertvector(scaled < 0.0f ? scaled - 0.5f : scaled + 0.5f, I);
     const V whole = __builtin_convertvector(n, V);

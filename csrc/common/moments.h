@@ -93,3 +93,33 @@ struct OutputGradient {
         return {slope, mean[i], grad_mean ? grad_mean[i] / A(HW) : A(0)};
     }
 };
+
+// The same for a sample's channels, [C] each.
+template <class A>
+struct OutputGradients {
+    Scratch<A> slope, mean, offset;
+
+    explicit OutputGradients(int64_t C) : slope(C), mean(C), offset(C) {}
+
+    template <class Args>
+    void take_sample(const Args& a, int64_t b) {
+        const int64_t C = a.shape.C;
+        for (int64_t c = 0; c < C; ++c) {
+            const auto of_o = OutputGradient<A>::of(a.grad_mean, a.grad_var, a.mean, b * C + c, a.shape.HW());
+            slope[c] = of_o.slope;
+            mean[c] = of_o.mean;
+            offset[c] = of_o.offset;
+        }
+    }
+
+    // For one pixel's channels: -> to [C], written in whole vectors.
+    template <class T>
+    void pixel(const T* grad_o, const T* o, int64_t C, A* to) const {
+        for (int64_t c = 0; c < C; c += kLanes<A>) {
+            const int64_t n = C - c;
+            Vec<A> g = load<A>(grad_o + c, n) + load<A>(&offset[c], n);
+            if (o) g += load<A>(&slope[c], n) * (load<A>(o + c, n) - load<A>(&mean[c], n));
+            store<A>(to + c, g);
+        }
+    }
+};

@@ -108,25 +108,15 @@ void backward_rows(const LayerAttentionBackward<T>& a) {
     const Scratch<A> partials(tasks * vectors, A(0));
     parallel(tasks, 2 * a.layers * runs.rows * s.W * s.C, [&](int64_t begin, int64_t end) {
         const Scratch<A> grad(s.W * pitch);
+        OutputGradients<A> of_o(s.C);
         for (int64_t k = begin; k < end; ++k) {
             const int64_t b = k / runs.count, first = k % runs.count * runs.rows;
             const int64_t last = std::min(s.H, first + runs.rows);
+            of_o.take_sample(a, b);
             for (int64_t i = first; i < last; ++i) {
-                for (int64_t c = 0; c < s.C; c += N) {
-                    Vec<A> slope, mean, offset;
-                    const int64_t n = std::min<int64_t>(N, s.C - c);
-                    for (int64_t l = 0; l < N; ++l) {
-                        const int64_t at = b * s.C + c + std::min(l, n - 1);
-                        const auto of_o = OutputGradient<A>::of(a.grad_mean, a.grad_var, a.mean, at, s.HW());
-                        slope[l] = of_o.slope;
-                        mean[l] = of_o.mean;
-                        offset[l] = of_o.offset;
-                    }
-                    for (int64_t j = 0; j < s.W; ++j) {
-                        auto g = load<A>(a.grad_o.at(b, c, i * s.W + j), n) + offset;
-                        if (a.o) g += slope * (load<A>(a.o.at(b, c, i * s.W + j), n) - mean);
-                        store<A>(&grad[j * pitch + c], g);
-                    }
+                for (int64_t j = 0; j < s.W; ++j) {
+                    const int64_t p = i * s.W + j;
+                    of_o.pixel(a.grad_o.at(b, 0, p), a.o ? a.o.at(b, 0, p) : nullptr, s.C, &grad[j * pitch]);
                 }
                 for (int64_t m = 0; m < a.layers; ++m) {
                     const A* weights = a.weights + (b * a.layers + m) * s.C;

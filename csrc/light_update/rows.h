@@ -101,10 +101,10 @@ void forward_rows_of(const LightUpdateForward<T>& a) {
     merge_runs(s, runs, totals.get(), deviations.get(), a.mean, a.var);
 }
 
-// One row of a map's gradient and of its products with the output's gradient, for the channels from c on.
-template <class T, bool kFiltered, class A = Acc<T>>
-void backward_row(const RowWindow<A>& grad, int64_t i, int64_t c, int64_t n, const A* filters, const T* x,
-                  int64_t x_pitch, T* grad_x, int64_t grad_x_pitch, A* products) {
+// One row of a map's gradient and of its products with the output's gradient, for the channels from c on. The gradient
+// takes the map's place in x [W, pitch].
+template <bool kFiltered, class A>
+void backward_row(const RowWindow<A>& grad, int64_t i, int64_t c, const A* filters, A* x, A* products) {
     const int64_t W = grad.W, pitch = grad.pitch;
     constexpr int kFirst = kFiltered ? 0 : 4, kLast = kFiltered ? 9 : 5;
     Vec<A> f[9], sums[9], g[9];  // g: the gradient around a pixel, in the order of the taps it met
@@ -123,13 +123,13 @@ void backward_row(const RowWindow<A>& grad, int64_t i, int64_t c, int64_t n, con
             g[3 * dy + 1] = g[3 * dy];
             g[3 * dy] = load<A>(rows[dy] + (j + 1) * pitch);
         }
-        const Vec<A> at_x = load<A>(x + j * x_pitch + c, n);
+        const Vec<A> at_x = load<A>(x + j * pitch + c);
         Vec<A> of_x = {};
         for (int t = kFirst; t < kLast; ++t) {
             of_x += f[t] * g[t];
             sums[t] += at_x * g[t];
         }
-        if (grad_x) store<A>(grad_x + j * grad_x_pitch + c, of_x, n);
+        store<A>(x + j * pitch + c, of_x);
     }
     for (int t = kFirst; t < kLast; ++t) {
         A* product = products + t * pitch + c;
@@ -137,52 +137,53 @@ void backward_row(const RowWindow<A>& grad, int64_t i, int64_t c, int64_t n, con
     }
 }
 
+// The same for all channels, between the maps and a row of accumulators: maps are read and written in order.
+template <bool kFiltered, class T, class A = Acc<T>>
+void backward_row_of(const RowWindow<A>& grad, const Shape& s, int64_t b, int64_t i, const Map<const T>& x,
+                     const Map<T>& grad_x, const A* filters, A* row, A* products) {
+    constexpr int N = kLanes<A>;
+    for (int64_t j = 0; j < s.W; ++j) {
+        const T* from = x.at(b, 0, i * s.W + j);
+        for (int64_t c = 0; c < s.C; c += N) store<A>(row + j * grad.pitch + c, load<A>(from + c, s.C - c));
+    }
+    for (int64_t c = 0; c < s.C; c += N) backward_row<kFiltered>(grad, i, c, filters, row, products);
+    for (int64_t j = 0; grad_x && j < s.W; ++j) {
+        T* to = grad_x.at(b, 0, i * s.W + j);
+        for (int64_t c = 0; c < s.C; c += N) store<A>(to + c, load<A>(row + j * grad.pitch + c), s.C - c);
+    }
+}
+
 template <class T, Carry kCarry>
 void backward_rows_of(const LightUpdateBackward<T>& a) {
     using A = Acc<T>;
-    constexpr int N = kLanes<A>;
     const Shape& s = a.shape;
     const RowRuns runs(s);
-    const int64_t tasks = s.B * runs.count, pitch = round_up(s.C, N);
+    const int64_t tasks = s.B * runs.count, pitch = round_up(s.C, kLanes<A>);
     const Scratch<A> partials(tasks * kProducts * s.C);
     parallel(tasks, 8 * runs.rows * s.W * s.C, [&](int64_t begin, int64_t end) {
         const RowWindow<A> grad(s.W, pitch);
-        const Scratch<A> filters(18 * pitch, A(0)), products(kProducts * pitch);
-        const Scratch<A> slope(pitch, A(0)), mean(pitch, A(0)), offset(pitch, A(0));
+        const Scratch<A> filters(18 * pitch, A(0)), products(kProducts * pitch), buffer(s.W * pitch);
+        OutputGradients<A> of_o(s.C);
         for (int64_t k = begin; k < end; ++k) {
             const int64_t b = k / runs.count, first = k % runs.count * runs.rows;
             const int64_t last = std::min(s.H, first + runs.rows);
             fill_filters(a, b, pitch, filters.get());
             std::fill_n(products.get(), kProducts * pitch, A(0));
-            for (int64_t c = 0; c < s.C; ++c) {
-                const auto of_o = OutputGradient<A>::of(a.grad_mean, a.grad_var, a.mean, b * s.C + c, s.HW());
-                slope[c] = of_o.slope;
-                mean[c] = of_o.mean;
-                offset[c] = of_o.offset;
-            }
+            of_o.take_sample(a, b);
             for (int64_t i = first - 1; i <= last; ++i) {
                 if (i < 0 || i >= s.H) grad.clear(i);
                 for (int64_t j = 0; i >= 0 && i < s.H && j < s.W; ++j) {
                     const int64_t p = i * s.W + j;
-                    const T *grad_o = a.grad_o.at(b, 0, p), *o = a.o ? a.o.at(b, 0, p) : nullptr;
-                    for (int64_t c = 0; c < s.C; c += N) {
-                        Vec<A> g = load<A>(grad_o + c, s.C - c) + load<A>(&offset[c]);
-                        if (o) g += load<A>(&slope[c]) * (load<A>(o + c, s.C - c) - load<A>(&mean[c]));
-                        store<A>(grad.row(i) + j * pitch + c, g);
-                    }
+                    of_o.pixel(a.grad_o.at(b, 0, p), a.o ? a.o.at(b, 0, p) : nullptr, s.C,
+                               grad.row(i) + j * pitch);
                 }
                 const int64_t row = i - 1;  // the one whose neighbours are all there now
                 if (row < first) continue;
-                const int64_t p = row * s.W;
-                for (int64_t c = 0; c < s.C; c += N) {
-                    backward_row<T, true>(grad, row, c, s.C - c, filters.get(), a.x.at(b, 0, p), a.x.pixel,
-                                          a.grad_x ? a.grad_x.at(b, 0, p) : nullptr, a.grad_x.pixel, products.get());
-                    if constexpr (kCarry != Carry::none) {
-                        backward_row<T, kCarry == Carry::filtered>(
-                            grad, row, c, s.C - c, &filters[9 * pitch], a.carried.at(b, 0, p), a.carried.pixel,
-                            a.grad_carried ? a.grad_carried.at(b, 0, p) : nullptr, a.grad_carried.pixel,
-                            &products[9 * pitch]);
-                    }
+                backward_row_of<true, T>(grad, s, b, row, a.x, a.grad_x, filters.get(), buffer.get(), products.get());
+                if constexpr (kCarry != Carry::none) {
+                    backward_row_of<kCarry == Carry::filtered, T>(grad, s, b, row, a.carried, a.grad_carried,
+                                                                  &filters[9 * pitch], buffer.get(),
+                                                                  &products[9 * pitch]);
                 }
             }
             for (int t = 0; t < kProducts; ++t) {
