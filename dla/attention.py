@@ -5,10 +5,10 @@ from math import log2
 import torch
 from torch import Tensor, nn
 
-from dla_kernels import layer_attention, light_update, norm_residual
-from dla_kernels.common import accumulate_dtype, channel_conv, gap
+from dla.norm import add_norm
+from dla_kernels import layer_attention, light_update
+from dla_kernels.common import accumulate_dtype, channel_conv
 from dla_kernels.ops.layer_attention.reference import attention_weights
-from dla_kernels.ops.norm_residual.reference import merge_moments
 
 
 def kernel_size(channels: int) -> int:
@@ -52,21 +52,11 @@ class _LayerAttention(nn.Module):
 
     def residual(self, x: Tensor, o: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """x + DropPath(BatchNorm(o)) and its GAP; ``mean`` and ``var`` [B, C] are o's moments."""
-        bn = self.bn
         keep = None
         if self.training and self.drop_path:
             p = 1 - self.drop_path
             keep = torch.full((x.shape[0],), p, dtype=accumulate_dtype(x), device=x.device).bernoulli().div(p)
-        if isinstance(bn, nn.SyncBatchNorm):
-            # Its statistics span processes: torch's own module gathers them.
-            normed = bn(o).relu() if self.relu else bn(o)
-            out = x + (normed if keep is None else normed * keep.to(x.dtype)[:, None, None, None])
-            return out, gap(out)
-        if bn.training:
-            _update_running_stats(bn, o, mean, var)
-        elif bn.running_mean is not None:
-            mean, var = bn.running_mean, bn.running_var
-        return norm_residual(x, o, mean, var, bn.weight, bn.bias, keep, bn.eps, self.relu)
+        return add_norm(self.bn, x, o, mean, var, keep, "branch" if self.relu else None)
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, drop_path={self.drop_path}"
@@ -130,18 +120,3 @@ class LightLayerAttention(_LayerAttention):
             carried, self.lambda_, gate, carry_weight, self.head_dim,
         )  # fmt: skip
         return *self.residual(x, o, mean, var), o, mean
-
-
-@torch.no_grad()
-def _update_running_stats(bn: nn.BatchNorm2d, o: Tensor, mean: Tensor, var: Tensor) -> None:
-    """BatchNorm's bookkeeping in training, as torch does it: unbiased variance, momentum None for a plain average."""
-    n = o.numel() // o.shape[1]
-    if n < 2:
-        raise ValueError(f"BatchNorm needs more than one value per channel in training, got a map of {tuple(o.shape)}")
-    if bn.running_mean is None:
-        return
-    mean, var = merge_moments(mean, var)
-    bn.num_batches_tracked.add_(1)
-    momentum = bn.num_batches_tracked.double().reciprocal() if bn.momentum is None else bn.momentum
-    for running, new in ((bn.running_mean, mean), (bn.running_var, var * (n / (n - 1)))):
-        running.mul_(1 - momentum).add_(new * momentum)

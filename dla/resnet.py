@@ -6,6 +6,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from dla.config import PAPER, Config
+from dla.norm import add_norm
 from dla.stage import INTERACTIONS, create_stage
 from dla_kernels.common import gap
 
@@ -37,10 +38,18 @@ class Bottleneck(nn.Module):
 
     def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The residual branch and the shortcut, both [B, C, H, W]; the shortcut is ``x`` itself where it can be."""
+        branch, shortcut = self._before_norm(x)
+        return self.bn3(branch), shortcut
+
+    def output(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The output without drop path [B, C, H, W], its GAP [B, C], and the shortcut: what layer attention takes."""
+        branch, shortcut = self._before_norm(x)
+        return *add_norm(self.bn3, shortcut, branch, relu="sum"), shortcut
+
+    def _before_norm(self, x: Tensor) -> tuple[Tensor, Tensor]:
         branch = self.act(self.bn1(self.conv1(x)))
         branch = self.act(self.bn2(self.conv2(branch)))
-        branch = self.bn3(self.conv3(branch))
-        return branch, x if self.downsample is None else self.downsample(x)
+        return self.conv3(branch), x if self.downsample is None else self.downsample(x)
 
     def forward(self, x: Tensor) -> Tensor:
         branch, shortcut = self.branches(x)

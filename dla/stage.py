@@ -1,6 +1,7 @@
 """Layer interaction inside a stage: a run of residual blocks with equal map size.
 
 A block offers ``branches(x) -> (residual branch, shortcut)`` and ``act``; its plain output is act(branch + shortcut).
+One that has ``output(x) -> (that output, its GAP, shortcut)`` saves layer attention a pass over the map.
 """
 
 from collections.abc import Iterable
@@ -44,11 +45,9 @@ class _AttentionStage(nn.Module):
         self.cell = cell
         self.config = config
 
-    def observe(self, x: Tensor, state: State | None) -> tuple[Tensor, State | None]:
-        """GAP of a block's map, and the state after it."""
-        if self.cell is None:
-            return gap(x), None
-        return self.cell.observe(x, state or self.cell.initial_state(x))
+    def observe(self, y: Tensor, state: State | None) -> State | None:
+        """The state after a block whose map has the GAP y [B, C]."""
+        return None if self.cell is None else self.cell(y, state or self.cell.initial_state(y))
 
     def refresh(self, features: Tensor, gates: Tensor, state: State) -> Tensor:
         """Cumulative gates [B, T, C] of T prior layers by the current state."""
@@ -68,8 +67,8 @@ class BaseStage(_AttentionStage):
     def forward(self, x: Tensor) -> Tensor:
         state, values, features, gates = None, [], None, None
         for block, attention in zip(self.blocks, self.attention, strict=True):
-            x = block(x)
-            y, state = self.observe(x, state)
+            x, y, _ = _output(block, x)
+            state = self.observe(y, state)
             if self.cell is not None and values:
                 gates = self.refresh(features.flatten(1, 2), gates.flatten(1, 2), state).view_as(gates)
             values.append(attention.value(x))
@@ -106,11 +105,11 @@ class LightStage(_AttentionStage):
     def forward(self, x: Tensor) -> Tensor:
         state = carried = carried_gap = x_gap = None
         for block, attention in zip(self.blocks, self.attention, strict=True):
-            branch, shortcut = block.branches(x)
+            before = x
+            x, y, shortcut = _output(block, x)
             if self.config.carry == "shortcut":
-                carried, carried_gap = shortcut, x_gap if shortcut is x else None
-            x = block.act(branch + shortcut)
-            y, state = self.observe(x, state)
+                carried, carried_gap = shortcut, x_gap if shortcut is before else None
+            state = self.observe(y, state)
             gate = carry_weight = None
             if self.cell is not None and carried is not None:
                 carried_gap = (gap(carried) if carried_gap is None else carried_gap)[:, None]
@@ -211,6 +210,15 @@ def _blocks(blocks: Iterable[nn.Module]) -> nn.ModuleList:
     if not blocks:
         raise ValueError("`blocks` must hold at least one residual block, got an empty stage")
     return blocks
+
+
+def _output(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A block's plain output [B, C, H, W], its GAP [B, C] and its shortcut [B, C, H, W]."""
+    if hasattr(block, "output"):
+        return block.output(x)
+    branch, shortcut = block.branches(x)
+    x = block.act(branch + shortcut)
+    return x, gap(x), shortcut
 
 
 def _append(stack: Tensor | None, item: Tensor) -> Tensor:

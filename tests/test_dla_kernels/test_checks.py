@@ -22,7 +22,7 @@ GOOD = {
         "x": MAP, "q": STATE, "k": STATE, "value_weight": STENCIL,
         "carried": MAP, "carry_scale": VECTOR, "gate": STATE, "carry_weight": STENCIL,
     },
-    "norm_residual": {"x": MAP, "o": MAP, "mean": STATE, "var": STATE, "weight": VECTOR, "bias": VECTOR},
+    "norm_residual": {"x": MAP, "o": MAP, "weight": VECTOR, "bias": VECTOR, "mean": STATE, "var": STATE},
 }  # fmt: skip
 
 NO_CARRY = {"carried": None, "carry_scale": None, "gate": None, "carry_weight": None}
@@ -53,6 +53,13 @@ BAD = [
     ("norm_residual", {"o": MAP[:1]}, r"`o` must have shape \(B=2, C=32, H=4, W=4\), got \(1, 32, 4, 4\)"),
     ("norm_residual", {"var": VECTOR}, r"`var` must have shape \(B=2, C=32\), got \(32,\)"),
     ("norm_residual", {"keep": torch.ones(3)}, r"`keep` must have shape \(B=2\), got \(3,\)"),
+    ("norm_residual", {"mean": None}, r"`var` goes with `mean`, which is None"),
+    ("norm_residual", {"relu": True}, r"`relu` must be one of None, 'branch', 'sum', got True"),
+    (
+        "norm_residual",
+        {"x": MAP[:1, :, :1, :1], "o": MAP[:1, :, :1, :1], "mean": None, "var": None},
+        r"`o` must have more than one value per channel to take statistics of, got \(1, 32, 1, 1\)",
+    ),
     ("norm_residual", {"bias": VECTOR.int()}, r"`bias` must be floating point, got torch.int32"),
 ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""``norm_residual``: BatchNorm of the attention output, drop path and the residual addition."""
+"""``norm_residual``: BatchNorm of a residual branch, drop path and the addition to the shortcut."""
 
 from torch import Tensor
 
@@ -8,63 +8,79 @@ from dla_kernels.common import accumulate_dtype
 from dla_kernels.ops.norm_residual import reference
 from dla_kernels.ops.norm_residual.function import NormResidual
 
+RELU = (None, "branch", "sum")
+
 
 def norm_residual(
     x: Tensor,  # [B, C, H, W]
     o: Tensor,  # [B, C, H, W]
-    mean: Tensor,  # [B, C] or [C]
-    var: Tensor,  # [B, C] or [C]
     weight: Tensor,  # [C]
     bias: Tensor,  # [C]
+    mean: Tensor | None = None,  # [B, C] or [C]
+    var: Tensor | None = None,  # [B, C] or [C]
     keep: Tensor | None = None,  # [B]
     eps: float = 1e-5,
-    relu: bool = False,
+    relu: str | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Normalises the attention output and adds it to the block's map.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Normalises a residual branch, adds it to the shortcut, and pools the sum.
 
     ::
 
-        out = x + keep * act((o - mean) / sqrt(var + eps) * weight + bias)        act = ReLU (DLA-B) or identity
+        normed = (o - mean) / sqrt(var + eps) * weight + bias
+        out = x + keep * normed         or  x + keep * ReLU(normed)  or  ReLU(x + keep * normed)
         y = GAP(out)
 
-    The statistics are arguments: those of every sample, as :func:`dla_kernels.light_update` and
-    :func:`dla_kernels.layer_attention` emit them, are merged over the batch (training); those of the channels, the
-    running ones, are taken as they are (eval). The gradient flows through them as through any argument.
-    Bytes: reads ``x`` and ``o`` once, writes ``out`` once.
+    With no statistics given they are those of ``o`` over the batch, as in any BatchNorm in training. Those of every
+    sample, as :func:`dla_kernels.light_update` and :func:`dla_kernels.layer_attention` emit them, are merged over the
+    batch and save that pass; those of the channels, the running ones in eval, are taken as they are. The gradient
+    flows through them as through any argument.
+    Bytes: reads ``x`` and ``o`` once, writes ``out`` once; ``o`` once more for its own statistics.
 
     Args:
-        x: [B, C, H, W] the block's map.
-        o: [B, C, H, W] the attention output, in x's dtype.
-        mean, var: [B, C] each sample's mean and biased variance of ``o``, or [C] the statistics to use.
+        x: [B, C, H, W] the shortcut.
+        o: [B, C, H, W] the branch, in x's dtype.
         weight, bias: [C] BatchNorm's scale and shift.
+        mean, var: [B, C] each sample's mean and biased variance of ``o``, [C] the statistics to use, or none.
         keep: [B] drop path's factor of each sample, 0 or 1 / (1 - rate), in the state's dtype; none keeps all.
         eps: added to the variance.
-        relu: whether a ReLU follows the normalisation.
+        relu: where a ReLU stands, None for nowhere, "branch" after the normalisation, "sum" after the addition.
         backend: see :mod:`dla_kernels.backend`.
 
     Returns:
-        out [B, C, H, W] in x's dtype and its GAP y [B, C] in the state's dtype.
+        out [B, C, H, W] in x's dtype and its GAP y [B, C] in the state's dtype; the mean and biased variance [C] that
+        were used, detached, for the running averages.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, or no such backend.
+        ValueError: a shape, dtype or device that does not fit, a single value per channel to take statistics of, an
+            unknown place for the ReLU, or no such backend.
         RuntimeError: the backend asked for cannot run.
     """
     check = Checker("norm_residual")
     check.map("x", x)
     check.map("o", o)
-    if isinstance(mean, Tensor) and mean.dim() == 2:
+    check.weight("weight", weight, "C")
+    check.weight("bias", bias, "C")
+    if mean is None:
+        if var is not None:
+            check.fail("`var` goes with `mean`, which is None")
+        if o.numel() == o.shape[1]:
+            check.fail(f"`o` must have more than one value per channel to take statistics of, got {tuple(o.shape)}")
+    elif isinstance(mean, Tensor) and mean.dim() == 2:
         check.state("mean", mean, "B C")
         check.state("var", var, "B C")
     else:
         check.weight("mean", mean, "C")
         check.weight("var", var, "C")
-    check.weight("weight", weight, "C")
-    check.weight("bias", bias, "C")
     if keep is not None:
         check.state("keep", keep, "B")
+    if relu not in RELU:
+        check.fail(f"`relu` must be one of {', '.join(map(repr, RELU))}, got {relu!r}")
     chosen = choose(x.device, backend)
+    dtype = accumulate_dtype(x)
+    weight, bias = weight.to(dtype), bias.to(dtype)
+    if mean is not None:
+        mean, var = mean.to(dtype), var.to(dtype)
     if chosen == "reference":
-        return reference.norm_residual(x, o, mean, var, weight, bias, keep, eps, relu)
-    mean, var, weight, bias = (t.to(accumulate_dtype(x)) for t in (mean, var, weight, bias))
+        return reference.norm_residual(x, o, weight, bias, mean, var, keep, eps, relu)
     return NormResidual.apply(x, o, mean, var, weight, bias, keep, eps, relu, chosen)
