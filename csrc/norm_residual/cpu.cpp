@@ -1,8 +1,8 @@
 // norm_residual on the CPU: the library ops around the kernels.
 #include <tuple>
 
-#include "common/tensor.h"
 #include "common/runs.h"
+#include "common/tensor.h"
 
 namespace dla {
 
@@ -21,8 +21,8 @@ template <class T>
 struct NormResidualBackward {
     Shape shape;
     Map<const T> grad_out, o;
-    const Acc<T>* grad_y;  // [B, C] or null
-    Map<T> grad_x, grad_o;  // either may be null
+    const Acc<T>* grad_y;              // [B, C] or null
+    Map<T> grad_x, grad_o;             // either may be null
     const Acc<T>*mean, *scale, *bias;  // [C]
     const Acc<T>* keep;                // [B] or null
     bool relu;
@@ -76,7 +76,8 @@ std::tuple<Tensor, Tensor> norm_residual_forward(const Tensor& x_, const Tensor&
     on_dtype(x, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
-        const Statistics<A> stats(s.B, s.C, mean.dim() == 2, data_of<A>(mean), data_of<A>(var), data_of<A>(weight), eps);
+        const Statistics<A> stats(s.B, s.C, mean.dim() == 2, data_of<A>(mean), data_of<A>(var), data_of<A>(weight),
+                                  eps);
         const NormResidualForward<T> args{s,
                                           map_of<const T>(x),
                                           map_of<const T>(o),

@@ -50,8 +50,8 @@ void forward_rows(const NormResidualForward<T>& a) {
                 T* out = a.out.at(b, 0, p);
                 for (int64_t c = 0; c < s.C; c += N) {
                     const int64_t n = s.C - c;
-                    const auto normed = normalise<A>(load<A>(o + c, n), load<A>(a.mean + c, n),
-                                                     load<A>(a.scale + c, n), load<A>(a.bias + c, n), a.relu);
+                    const auto normed = normalise<A>(load<A>(o + c, n), load<A>(a.mean + c, n), load<A>(a.scale + c, n),
+                                                     load<A>(a.bias + c, n), a.relu);
                     const auto value = load<A>(x + c, n) + keep * normed;
                     store<A>(out + c, value, n);
                     store<A>(total + c, load<A>(total + c, n) + value, n);
@@ -101,8 +101,8 @@ void backward_planes(const NormResidualBackward<T>& a) {
             T* grad_o = a.grad_o ? a.grad_o.at(b, c, 0) : nullptr;
             GradientSums<A> sums;
             for (int64_t p = 0; p < HW; p += N) {
-                backward_vector<T>(a, grad_out + p, o + p, grad_x ? grad_x + p : nullptr,
-                                   grad_o ? grad_o + p : nullptr, HW - p, grad_y, mean, scale, bias, keep, sums);
+                backward_vector<T>(a, grad_out + p, o + p, grad_x ? grad_x + p : nullptr, grad_o ? grad_o + p : nullptr,
+                                   HW - p, grad_y, mean, scale, bias, keep, sums);
             }
             a.grad[i] = sum<A, N>(sums.grad);
             a.grad_normed[i] = sum<A, N>(sums.grad_normed);

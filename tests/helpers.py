@@ -1,0 +1,39 @@
+"""What the tests share: one measure of error, and random arguments of the ops."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """||actual - expected|| / ||expected|| in float64; NaN where either holds one."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    assert actual.shape == expected.shape, f"shapes {tuple(actual.shape)} and {tuple(expected.shape)}"
+    difference, scale = (actual - expected).norm(), expected.norm()
+    return (difference / scale if scale > 0 else difference).item()
+
+
+def assert_close(actual: Tensor, expected: Tensor, limit: float, name: str = "output") -> None:
+    error = relative_error(actual, expected)
+    assert error <= limit, f"{name}: relative error {error:.2e}, limit {limit:.0e}"
+
+
+def gradients(outputs: Iterable[Tensor], inputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
+    """Gradients of a fixed random combination of all outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    outputs = list(outputs)
+    directions = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+    return list(torch.autograd.grad(outputs, inputs, directions))
+
+
+def dsu_weights(form: str, channels: int, reduced: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Random weights of a DSU in the order of ``dla_kernels.gap_dsu``."""
+    c, r = channels, reduced
+    shapes = [(r, 2 * c), (3 * c, r), (3 * c,)] if form == "joint" else [(r, c), (r,), (3 * c, r), (3 * c,)] * 2
+    return [torch.randn(s, dtype=dtype) / s[-1] ** 0.5 for s in shapes]
+
+
+def require_grad(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        tensor.requires_grad_()
