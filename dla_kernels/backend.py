@@ -23,7 +23,7 @@ _in_context: list[str] = []
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Sets the backend of all ops called inside the ``with`` block that do not name one themselves."""
-    _check(name, "name")
+    _check(name, "`name`")
     _in_context.append(name)
     try:
         yield

@@ -1,5 +1,6 @@
 """The native library: loaded once, and where that fails, the cause is kept instead of raised."""
 
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -8,7 +9,7 @@ import torch
 def _load() -> str | None:
     """Loads ``dla_kernels._C``, which registers the library ops; returns why it could not."""
     try:
-        import dla_kernels._C
+        importlib.import_module("dla_kernels._C")
     except ModuleNotFoundError as error:
         if error.name != "dla_kernels._C":
             return f"dla_kernels._C does not load: {error}"

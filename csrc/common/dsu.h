@@ -6,16 +6,13 @@
 // would grow with the square of a stage's depth.
 template <class A>
 struct DsuStep {
-    Scratch<A> reduced_y;         // [M, reduced_y], after the ReLU
-    Scratch<A> reduced_h;         // [B, reduced_h], in the split form after the ReLU
-    Scratch<A> gates;             // [M, 3C]: the sigmoids and the tanh
-    Scratch<A> context;           // [M, C]
+    Scratch<A> reduced_y;  // [M, reduced_y], after the ReLU
+    Scratch<A> reduced_h;  // [B, reduced_h], in the split form after the ReLU
+    Scratch<A> gates;      // [M, 3C]: the sigmoids and the tanh
+    Scratch<A> context;    // [M, C]
 
     explicit DsuStep(const Dsu<A>& d)
-        : reduced_y(d.M() * d.reduced_y),
-          reduced_h(d.B * d.reduced_h),
-          gates(d.M() * 3 * d.C),
-          context(d.M() * d.C) {}
+        : reduced_y(d.M() * d.reduced_y), reduced_h(d.B * d.reduced_h), gates(d.M() * 3 * d.C), context(d.M() * d.C) {}
 };
 
 template <class A>
@@ -53,8 +50,7 @@ template <class A>
 void dsu_forward(const Dsu<A>& d, const A* y, const A* h, const A* c, const DsuStep<A>& step) {
     const int64_t B = d.B, C = d.C, M = d.M();
     linear(B, d.reduced_h, C, h, d.reduce_h, static_cast<const A*>(nullptr), 1, !d.joint, step.reduced_h.get());
-    linear(M, d.reduced_y, C, y, d.reduce_y, d.joint ? step.reduced_h.get() : nullptr, d.T, true,
-           step.reduced_y.get());
+    linear(M, d.reduced_y, C, y, d.reduce_y, d.joint ? step.reduced_h.get() : nullptr, d.T, true, step.reduced_y.get());
     const Scratch<A> from_h(d.joint ? 0 : B * 3 * C);
     if (!d.joint) {
         linear(B, 3 * C, d.reduced_h, step.reduced_h.get(), d.expand_h, static_cast<const A*>(nullptr), 1, false,

@@ -2,12 +2,12 @@
 //
 // Everything from the standard library and from torch is included before, hence compiled for the baseline: a template
 // of theirs that were compiled here could be the copy that the linker keeps for all.
+#include <cmath>
+#include <cstring>
+
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/types.h"
-
-#include <cmath>
-#include <cstring>
 
 #if DLA_MULTI_ISA
 

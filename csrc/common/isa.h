@@ -28,15 +28,15 @@ void use_isa(const std::string& name);
 
 // DLA_ON_ISA(kernel<T>(args)) calls the kernel compiled for the active instruction set.
 #if DLA_MULTI_ISA
-#define DLA_ON_ISA(...)                  \
-    switch (::dla::active_isa()) {       \
-        case ::dla::Isa::avx512:         \
-            ::dla::avx512::__VA_ARGS__;  \
-            break;                       \
-        case ::dla::Isa::avx2:           \
-            ::dla::avx2::__VA_ARGS__;    \
-            break;                       \
-        default:                         \
+#define DLA_ON_ISA(...)                   \
+    switch (::dla::active_isa()) {        \
+        case ::dla::Isa::avx512:          \
+            ::dla::avx512::__VA_ARGS__;   \
+            break;                        \
+        case ::dla::Isa::avx2:            \
+            ::dla::avx2::__VA_ARGS__;     \
+            break;                        \
+        default:                          \
             ::dla::baseline::__VA_ARGS__; \
     }
 #else

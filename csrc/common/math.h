@@ -39,9 +39,10 @@ inline Vec<double> tanh(Vec<double> x) {
 // Near 0, where the quotient would lose digits, the Taylor polynomial: the first term left out is below 1e-9 of x.
 inline Vec<float> tanh(Vec<float> x) {
     const Vec<float> square = x * x;
-    const Vec<float> near = x + x * square *
-                                    (-1.0f / 3 + square * (2.0f / 15 + square * (-17.0f / 315 + square *
-                                    (62.0f / 2835 - square * (1382.0f / 155925)))));
+    const Vec<float> near =
+        x + x * square *
+                (-1.0f / 3 + square * (2.0f / 15 + square * (-17.0f / 315 +
+                                                             square * (62.0f / 2835 - square * (1382.0f / 155925)))));
     const Vec<float> far = 1.0f - 2.0f / (1.0f + exp(x + x));
     return square < 0.0625f ? near : far;
 }

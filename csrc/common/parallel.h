@@ -8,7 +8,8 @@
 
 namespace dla {
 
-// Runs body(begin, end) over [0, tasks), where a task handles about `elements` elements; short work stays on this thread.
+// Runs body(begin, end) over [0, tasks), where a task handles about `elements` elements; short work stays on this
+// thread.
 template <class Body>
 void parallel(int64_t tasks, int64_t elements, const Body& body) {
     constexpr int64_t kGrain = 1 << 14;

@@ -91,7 +91,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> gap_dsu_backward(
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dla_kernels, m) {
-    m.def("gap_dsu_forward(Tensor x, Tensor h, Tensor c, Tensor[] weights, int activation) -> (Tensor, Tensor, Tensor)");
+    m.def(
+        "gap_dsu_forward(Tensor x, Tensor h, Tensor c, Tensor[] weights, int activation) -> (Tensor, Tensor, Tensor)");
     m.def(
         "gap_dsu_backward(Tensor? grad_y, Tensor? grad_h, Tensor? grad_c, Tensor y, Tensor h, Tensor c, "
         "Tensor[] weights, int activation) -> (Tensor, Tensor, Tensor, Tensor[])");

@@ -22,7 +22,7 @@ template <class T>
 struct LayerAttentionBackward {
     Shape shape;
     int64_t layers;
-    Map<const T> grad_o, o;                    // o may be null: only its variance's gradient needs it
+    Map<const T> grad_o, o;                    // o is null where its variance has no gradient
     const Acc<T>*grad_mean, *grad_var, *mean;  // [B, C]; the first two may be null
     const Map<const T>* values;                // [layers]
     const Acc<T>* weights;                     // [B, layers, C], attention times gate
@@ -129,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_attention_forward(const Tensor& q_, con
         const auto weights = gated(attention, data_of<A>(gates), s.B * layers * s.C);
         const auto maps = maps_of<const T>(values);
         const LayerAttentionForward<T> args{
-            s,   layers, maps.data(), weights.get(), map_of<T>(out), mutable_data_of<A>(mean), mutable_data_of<A>(var),
+            s, layers, maps.data(), weights.get(), map_of<T>(out), mutable_data_of<A>(mean), mutable_data_of<A>(var),
         };
         if (channels_last) {
             DLA_ON_ISA(forward_rows<T>(args));
@@ -143,20 +143,19 @@ std::tuple<Tensor, Tensor, Tensor> layer_attention_forward(const Tensor& q_, con
 // Gradients of q, k and gates, then of the values: none where they need none.
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> layer_attention_backward(
     const Tensor& grad_o_, const std::optional<Tensor>& grad_mean_, const std::optional<Tensor>& grad_var_,
-    const std::optional<Tensor>& o_, const Tensor& mean_, const Tensor& q_, const Tensor& k_,
-    const std::vector<Tensor>& values_, const Tensor& gates_, int64_t head_dim, bool need_values) {
-    const Tensor q = dense(q_), k = dense(k_), gates = dense(gates_), mean = dense(mean_), grad_o = walkable(grad_o_);
-    const bool channels_last = is_channels_last(grad_o);
+    const Tensor& o_, const Tensor& mean_, const Tensor& q_, const Tensor& k_, const std::vector<Tensor>& values_,
+    const Tensor& gates_, int64_t head_dim, bool need_values) {
+    const Tensor q = dense(q_), k = dense(k_), gates = dense(gates_), mean = dense(mean_), o = walkable(o_);
+    const bool channels_last = is_channels_last(o);
+    const Tensor grad_o = in_layout(grad_o_, channels_last);
     const auto values = all_in_layout(values_, channels_last);
     const auto grad_mean = dense(grad_mean_), grad_var = dense(grad_var_);
-    std::optional<Tensor> o;
-    if (o_ && grad_var) o = in_layout(*o_, channels_last);
     const Shape s = shape_of(grad_o);
     const int64_t layers = static_cast<int64_t>(values.size());
     const Tensor grad_q = torch::stable::empty_like(q), grad_k = torch::stable::empty_like(k);
     const Tensor grad_gates = torch::stable::empty_like(gates);
     std::vector<Tensor> grad_values;
-    for (int64_t m = 0; need_values && m < layers; ++m) grad_values.push_back(torch::stable::empty_like(grad_o));
+    for (int64_t m = 0; need_values && m < layers; ++m) grad_values.push_back(torch::stable::empty_like(o));
     on_dtype(grad_o, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
@@ -169,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> layer_attention_backward
         const LayerAttentionBackward<T> args{s,
                                              layers,
                                              map_of<const T>(grad_o),
-                                             o ? map_of<const T>(*o) : Map<const T>{},
+                                             grad_var ? map_of<const T>(o) : Map<const T>{},
                                              data_of<A>(grad_mean),
                                              data_of<A>(grad_var),
                                              data_of<A>(mean),
@@ -193,7 +192,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dla_kernels, m) {
         "layer_attention_forward(Tensor q, Tensor k, Tensor[] values, Tensor gates, int head_dim) -> "
         "(Tensor, Tensor, Tensor)");
     m.def(
-        "layer_attention_backward(Tensor grad_o, Tensor? grad_mean, Tensor? grad_var, Tensor? o, Tensor mean, "
+        "layer_attention_backward(Tensor grad_o, Tensor? grad_mean, Tensor? grad_var, Tensor o, Tensor mean, "
         "Tensor q, Tensor k, Tensor[] values, Tensor gates, int head_dim, bool need_values) -> "
         "(Tensor, Tensor, Tensor, Tensor[])");
 }

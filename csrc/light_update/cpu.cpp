@@ -35,11 +35,11 @@ constexpr int kProducts = 18;
 template <class T>
 struct LightUpdateBackward : LightUpdateWeights<Acc<T>> {
     Shape shape;
-    Map<const T> grad_o, o;                       // o may be null: only its variance's gradient needs it
-    const Acc<T>*grad_mean, *grad_var, *mean;     // [B, C]; the first two may be null
+    Map<const T> grad_o, o;                    // o is null where its variance has no gradient
+    const Acc<T>*grad_mean, *grad_var, *mean;  // [B, C]; the first two may be null
     Map<const T> x, carried;
-    Map<T> grad_x, grad_carried;                  // either may be null
-    Acc<T>* products;                             // [B, 18, C]
+    Map<T> grad_x, grad_carried;  // either may be null
+    Acc<T>* products;             // [B, 18, C]
 };
 
 // o is one 3x3 filter over x plus one over carried: attention, lambda and gate are folded into them.
@@ -122,10 +122,12 @@ struct VectorGradients {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> light_update_forward(
-    const Tensor& x_, const Tensor& q_, const Tensor& k_, const Tensor& value_weight_,
-    const std::optional<Tensor>& carried_, const std::optional<Tensor>& carry_scale_,
-    const std::optional<Tensor>& gate_, const std::optional<Tensor>& carry_weight_, int64_t head_dim) {
+std::tuple<Tensor, Tensor, Tensor> light_update_forward(const Tensor& x_, const Tensor& q_, const Tensor& k_,
+                                                        const Tensor& value_weight_,
+                                                        const std::optional<Tensor>& carried_,
+                                                        const std::optional<Tensor>& carry_scale_,
+                                                        const std::optional<Tensor>& gate_,
+                                                        const std::optional<Tensor>& carry_weight_, int64_t head_dim) {
     const Tensor x = walkable(x_), q = dense(q_), k = dense(k_), value_weight = dense(value_weight_);
     const bool channels_last = is_channels_last(x);
     std::optional<Tensor> carried;
@@ -154,22 +156,21 @@ std::tuple<Tensor, Tensor, Tensor> light_update_forward(
 // is not there or not needed. x and carried may be missing where no vector's gradient is needed.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> light_update_backward(
     const Tensor& grad_o_, const std::optional<Tensor>& grad_mean_, const std::optional<Tensor>& grad_var_,
-    const std::optional<Tensor>& o_, const Tensor& mean_, const std::optional<Tensor>& x_, const Tensor& q_,
-    const Tensor& k_, const Tensor& value_weight_, const std::optional<Tensor>& carried_,
-    const std::optional<Tensor>& carry_scale_, const std::optional<Tensor>& gate_,
-    const std::optional<Tensor>& carry_weight_, int64_t head_dim, bool need_x, bool need_carried) {
-    const Tensor grad_o = walkable(grad_o_), mean = dense(mean_), q = dense(q_), k = dense(k_);
+    const Tensor& o_, const Tensor& mean_, const std::optional<Tensor>& x_, const Tensor& q_, const Tensor& k_,
+    const Tensor& value_weight_, const std::optional<Tensor>& carried_, const std::optional<Tensor>& carry_scale_,
+    const std::optional<Tensor>& gate_, const std::optional<Tensor>& carry_weight_, int64_t head_dim, bool need_x,
+    bool need_carried) {
+    const Tensor o = walkable(o_), mean = dense(mean_), q = dense(q_), k = dense(k_);
     const Tensor value_weight = dense(value_weight_);
-    const bool channels_last = is_channels_last(grad_o);
+    const bool channels_last = is_channels_last(o);
+    const Tensor grad_o = in_layout(grad_o_, channels_last);
     const auto grad_mean = dense(grad_mean_), grad_var = dense(grad_var_);
     const auto carry_scale = dense(carry_scale_), gate = dense(gate_), carry_weight = dense(carry_weight_);
     // A map that is missing wants no products: those with any map at hand are computed in its place, and not used.
     const Tensor x = x_ ? in_layout(*x_, channels_last) : grad_o;
     const Tensor carried = carried_ ? in_layout(*carried_, channels_last) : grad_o;
-    std::optional<Tensor> o;
-    if (o_ && grad_var) o = in_layout(*o_, channels_last);
     const Shape s = shape_of(grad_o);
-    const auto map_if = [&](bool need) { return need ? torch::stable::empty_like(grad_o) : new_tensor(grad_o, {0}); };
+    const auto map_if = [&](bool need) { return need ? torch::stable::empty_like(o) : new_tensor(o, {0}); };
     const auto like = [&](const std::optional<Tensor>& t) {
         return t ? torch::stable::empty_like(*t) : new_tensor(q, {0});
     };
@@ -185,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> light
                                            data_of<A>(gate), data_of<A>(carry_weight)},
                                           s,
                                           map_of<const T>(grad_o),
-                                          o ? map_of<const T>(*o) : Map<const T>{},
+                                          grad_var ? map_of<const T>(o) : Map<const T>{},
                                           data_of<A>(grad_mean),
                                           data_of<A>(grad_var),
                                           data_of<A>(mean),
@@ -206,8 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> light
                                        data_if(carry_weight, grad_carry_weight)};
         grads.from(args, s, products.get(), q_data, k_data, head_dim);
     });
-    return {grad_x,       grad_q,           grad_k,    grad_value_weight,
-            grad_carried, grad_carry_scale, grad_gate, grad_carry_weight};
+    return {grad_x, grad_q, grad_k, grad_value_weight, grad_carried, grad_carry_scale, grad_gate, grad_carry_weight};
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dla_kernels, m) {
@@ -215,7 +215,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dla_kernels, m) {
         "light_update_forward(Tensor x, Tensor q, Tensor k, Tensor value_weight, Tensor? carried, Tensor? carry_scale, "
         "Tensor? gate, Tensor? carry_weight, int head_dim) -> (Tensor, Tensor, Tensor)");
     m.def(
-        "light_update_backward(Tensor grad_o, Tensor? grad_mean, Tensor? grad_var, Tensor? o, Tensor mean, Tensor? x, "
+        "light_update_backward(Tensor grad_o, Tensor? grad_mean, Tensor? grad_var, Tensor o, Tensor mean, Tensor? x, "
         "Tensor q, Tensor k, Tensor value_weight, Tensor? carried, Tensor? carry_scale, Tensor? gate, "
         "Tensor? carry_weight, int head_dim, bool need_x, bool need_carried) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");

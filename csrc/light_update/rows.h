@@ -174,8 +174,7 @@ void backward_rows_of(const LightUpdateBackward<T>& a) {
                 if (i < 0 || i >= s.H) grad.clear(i);
                 for (int64_t j = 0; i >= 0 && i < s.H && j < s.W; ++j) {
                     const int64_t p = i * s.W + j;
-                    of_o.pixel(a.grad_o.at(b, 0, p), a.o ? a.o.at(b, 0, p) : nullptr, s.C,
-                               grad.row(i) + j * pitch);
+                    of_o.pixel(a.grad_o.at(b, 0, p), a.o ? a.o.at(b, 0, p) : nullptr, s.C, grad.row(i) + j * pitch);
                 }
                 const int64_t row = i - 1;  // the one whose neighbours are all there now
                 if (row < first) continue;

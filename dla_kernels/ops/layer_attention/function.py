@@ -14,7 +14,7 @@ def fake_forward(q, k, values, gates, head_dim):
 def fake_backward(grad_o, grad_mean, grad_var, o, mean, q, k, values, gates, head_dim, need_values):
     return (
         *(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, gates)),
-        [empty_map_like(grad_o) for _ in values if need_values],
+        [empty_map_like(o) for _ in values if need_values],
     )
 
 
@@ -43,7 +43,7 @@ class LayerAttention(torch.autograd.Function):
             grad_o = torch.zeros_like(o)
         needs = ctx.needs_input_grad[:3] + ctx.needs_input_grad[5:]
         *grads, grad_values = BACKENDS[ctx.backend][1](
-            grad_o, grad_mean, grad_var, o if grad_var is not None else None, mean,
+            grad_o, grad_mean, grad_var, o, mean,
             q, k, values, gates, ctx.head_dim, any(needs[3:]),
         )  # fmt: skip
         grads += grad_values or [None] * len(values)

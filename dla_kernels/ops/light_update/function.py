@@ -19,11 +19,11 @@ def fake_backward(
         return q.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
 
     return (
-        empty_map_like(grad_o) if need_x else grad_o.new_empty(0),
+        empty_map_like(o) if need_x else o.new_empty(0),
         like(q),
         like(k),
         like(value_weight),
-        empty_map_like(grad_o) if need_carried else grad_o.new_empty(0),
+        empty_map_like(o) if need_carried else o.new_empty(0),
         like(carry_scale),
         like(gate),
         like(carry_weight),
@@ -60,7 +60,7 @@ class LightUpdate(torch.autograd.Function):
             grad_o = torch.zeros_like(o)
         needs = ctx.needs_input_grad[:8]
         grads = BACKENDS[ctx.backend][1](
-            grad_o, grad_mean, grad_var, o if grad_var is not None else None, mean,
+            grad_o, grad_mean, grad_var, o, mean,
             x, q, k, value_weight, carried, carry_scale, gate, carry_weight, ctx.head_dim, needs[0], needs[4],
         )  # fmt: skip
         grads = tuple(g if need else None for g, need in zip(grads, needs, strict=True))

@@ -1,0 +1,261 @@
+"""Random calls of the ops, for the tests of the fused backends: what to call, and with which arguments."""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from helpers import dsu_weights
+from torch import Tensor
+
+import dla_kernels
+from dla_kernels.common import accumulate_dtype
+
+#: How a map lies in memory. The first two are walked as they are, like their slices; the rest goes through a copy.
+LAYOUTS = ("planes", "rows", "planes sliced", "rows sliced", "transposed", "every second column", "expanded")
+
+
+def in_layout(x: Tensor, layout: str) -> Tensor:
+    """``x`` [B, C, H, W] with the same values, elsewhere in memory."""
+    b, c, h, w = x.shape
+    match layout:
+        case "planes":
+            return x.contiguous()
+        case "rows":
+            return x.contiguous(memory_format=torch.channels_last)
+        case "planes sliced":
+            return x.new_full((b + 1, c + 3, h, w), torch.nan)[1:, 2:-1].copy_(x)
+        case "rows sliced":
+            base = x.new_full((b + 1, c + 3, h, w), torch.nan).contiguous(memory_format=torch.channels_last)
+            return base[1:, 2:-1].copy_(x)
+        case "transposed":
+            return x.transpose(2, 3).contiguous().transpose(2, 3)
+        case "every second column":
+            return x.new_full((b, c, h, 2 * w), torch.nan)[..., ::2].copy_(x)
+        case "expanded":
+            return x[:, :, :1, :1].expand(b, c, h, w)
+    raise ValueError(layout)
+
+
+@dataclass
+class Call:
+    """A call of an op: ``function(*tensors, backend=...)`` -> a tuple of tensors."""
+
+    op: str
+    tensors: dict[str, Tensor]
+    options: dict = field(default_factory=dict)
+
+    def __call__(self, backend: str | None = None) -> tuple[Tensor, ...]:
+        return self.function(*self.tensors.values(), backend=backend)
+
+    def function(self, *tensors: Tensor, backend: str | None = None) -> tuple[Tensor, ...]:
+        named = dict(zip(self.tensors, tensors, strict=True))
+        for group in ("weights", "values"):
+            members = [named.pop(name) for name in list(named) if name.startswith(f"{group}.")]
+            if members:
+                named[group] = members
+        outputs = getattr(dla_kernels, self.op)(**named, **self.options, backend=backend)
+        if self.op == "norm_residual":
+            return outputs[:2]  # the others, its statistics, are detached
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def to_double(self) -> "Call":
+        """The same call in float64, for the expected result."""
+        doubled = {name: t.detach().double() for name, t in self.tensors.items()}
+        return Call(self.op, doubled, self.options).require_grad()
+
+    def require_grad(self) -> "Call":
+        for tensor in self.tensors.values():
+            tensor.requires_grad_()
+        return self
+
+    def directions(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """What the outputs' gradients are multiplied with, the same at every call."""
+        generator = torch.Generator().manual_seed(1)
+        return [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+
+    def run(self, backend: str, directions: list[Tensor] | None = None) -> dict[str, Tensor]:
+        """All outputs and all gradients by name."""
+        outputs = self(backend)
+        directions = self.directions(outputs) if directions is None else directions
+        grads = torch.autograd.grad(outputs, list(self.tensors.values()), directions)
+        named = {f"output {i}": o for i, o in enumerate(outputs)}
+        return named | {f"gradient of {name}": g for name, g in zip(self.tensors, grads, strict=True)}
+
+
+def _maps(shape, dtype, layout):
+    return lambda: in_layout(torch.randn(shape, dtype=torch.float64).to(dtype), layout)
+
+
+def _vectors(dtype):
+    state = accumulate_dtype(torch.empty(0, dtype=dtype))
+    return state, lambda *shape: torch.randn(shape, dtype=torch.float64).to(state)
+
+
+def norm_residual(B, C, H, W, dtype, layout="planes", other=None, statistics="samples", keep=False, relu=None) -> Call:
+    state, vector = _vectors(dtype)
+    tensors = {"x": _maps((B, C, H, W), dtype, layout)(), "o": _maps((B, C, H, W), dtype, other or layout)()}
+    tensors |= {"weight": vector(C), "bias": vector(C)}
+    if statistics != "own":
+        shape = (B, C) if statistics == "samples" else (C,)
+        tensors |= {"mean": vector(*shape), "var": vector(*shape).square() + 0.1}
+    if keep:
+        tensors["keep"] = torch.bernoulli(torch.full((B,), 0.5)).to(state) / 0.5
+    return Call("norm_residual", tensors, {"relu": relu}).require_grad()
+
+
+def light_update(B, C, H, W, dtype, layout="planes", other=None, carry="gate", head_dim=None) -> Call:
+    _, vector = _vectors(dtype)
+    tensors = {"x": _maps((B, C, H, W), dtype, layout)(), "q": vector(B, C), "k": vector(B, C)}
+    tensors["value_weight"] = vector(C, 1, 3, 3)
+    if carry != "none":
+        tensors |= {"carried": _maps((B, C, H, W), dtype, other or layout)(), "carry_scale": vector(C)}
+    if "gate" in carry:
+        tensors["gate"] = vector(B, C)
+    if "filter" in carry:
+        tensors["carry_weight"] = vector(C, 1, 3, 3)
+    return Call("light_update", tensors, {"head_dim": head_dim or C}).require_grad()
+
+
+def layer_attention(B, C, H, W, dtype, layout="planes", other=None, T=3, head_dim=None) -> Call:
+    _, vector = _vectors(dtype)
+    first, rest = _maps((B, C, H, W), dtype, layout), _maps((B, C, H, W), dtype, other or layout)
+    tensors = {"q": vector(B, C), "k": vector(B, T, C), "gates": vector(B, T, C)}
+    tensors |= {f"values.{m}": rest() if m else first() for m in range(T)}
+    return Call("layer_attention", tensors, {"head_dim": head_dim or C}).require_grad()
+
+
+def _weights(form, C, dtype):
+    weights = dsu_weights(form, C, max(1, C // 4), accumulate_dtype(torch.empty(0, dtype=dtype)))
+    return {f"weights.{i}": w for i, w in enumerate(weights)}
+
+
+def gap_dsu(B, C, H, W, dtype, layout="planes", other=None, form="joint", activation="sigmoid", pooled=False) -> Call:
+    _, vector = _vectors(dtype)
+    tensors = {"x": vector(B, C) if pooled else _maps((B, C, H, W), dtype, layout)()}
+    tensors |= {"h": vector(B, C), "c": vector(B, C)} | _weights(form, C, dtype)
+    return Call("gap_dsu", tensors, {"activation": activation}).require_grad()
+
+
+def refresh_gates(
+    B, C, H, W, dtype, layout="planes", other=None, T=3, form="joint", activation="sigmoid", gate="context"
+) -> Call:
+    _, vector = _vectors(dtype)
+    tensors = {"features": vector(B, T, C), "gates": vector(B, T, C), "h": vector(B, C), "c": vector(B, C)}
+    return Call(
+        "refresh_gates", tensors | _weights(form, C, dtype), {"activation": activation, "gate": gate}
+    ).require_grad()
+
+
+MAKE = {f.__name__: f for f in (gap_dsu, layer_attention, light_update, norm_residual, refresh_gates)}
+
+
+def _rows(op: str, *rows: tuple) -> list:
+    import pytest
+
+    return [pytest.param(partial(MAKE[op], *shape, **options), id=f"{op}-{name}") for name, shape, options in rows]
+
+
+ROWS = [
+    *_rows(
+        "norm_residual",
+        ("eval statistics", (2, 16, 8, 8), {"statistics": "channels"}),
+        ("relu", (2, 16, 8, 8), {"relu": "branch"}),  # DLA-B
+        ("own statistics", (3, 16, 8, 8), {"statistics": "own"}),
+        ("residual block", (3, 16, 8, 8), {"statistics": "own", "relu": "sum"}),
+        ("residual block, primes", (3, 13, 7, 11), {"statistics": "own", "relu": "sum", "keep": True}),
+        ("residual block in rows", (3, 13, 7, 11), {"layout": "rows", "statistics": "own", "relu": "sum"}),
+        ("residual block, runs of rows", (2, 48, 40, 40), {"layout": "rows", "statistics": "own", "relu": "sum"}),
+        ("drop path", (5, 16, 8, 8), {"keep": True}),
+        ("all of it", (5, 16, 8, 8), {"keep": True, "relu": "branch"}),
+        ("primes", (3, 13, 7, 11), {"relu": "branch", "keep": True}),  # no size is a multiple of a vector
+        ("primes in rows", (3, 13, 7, 11), {"layout": "rows", "relu": "branch", "keep": True}),
+        ("several runs of rows", (2, 48, 40, 40), {"layout": "rows"}),  # sums over runs are added
+        ("one pixel", (4, 17, 1, 1), {}),
+        ("one channel", (3, 1, 9, 9), {}),
+        ("no sample", (0, 8, 4, 4), {"keep": True, "statistics": "channels"}),  # whose batch statistics would be NaN
+        ("planes sliced", (2, 16, 6, 6), {"layout": "planes sliced"}),
+        ("rows sliced", (2, 16, 6, 6), {"layout": "rows sliced"}),
+        ("mixed layouts", (2, 16, 6, 6), {"other": "rows"}),
+        ("transposed", (2, 16, 6, 5), {"layout": "transposed"}),
+        ("expanded", (2, 16, 6, 5), {"other": "expanded"}),
+    ),
+    *_rows(
+        "light_update",
+        ("first layer", (2, 16, 8, 8), {"carry": "none"}),
+        ("no gate", (2, 16, 8, 8), {"carry": "plain"}),  # MRLA-L
+        ("gate", (2, 16, 8, 8), {"carry": "gate"}),  # DLA-L
+        ("gate and filter", (2, 16, 8, 8), {"carry": "gate filter"}),  # DLA-L as released
+        ("heads", (2, 48, 8, 8), {"head_dim": 16}),
+        ("wide rows", (2, 4, 5, 33), {"carry": "gate filter"}),  # a vector and one pixel over
+        ("primes", (3, 13, 7, 11), {"carry": "gate filter"}),
+        ("primes in rows", (3, 13, 7, 11), {"layout": "rows", "carry": "gate filter"}),
+        ("several runs of rows", (2, 48, 40, 40), {"layout": "rows"}),  # the window crosses a run's edge
+        ("one pixel", (4, 17, 1, 1), {"carry": "gate filter"}),
+        ("one row", (2, 8, 1, 9), {"carry": "gate filter"}),
+        ("one column", (2, 8, 9, 1), {"layout": "rows", "carry": "gate filter"}),
+        ("no sample", (0, 8, 4, 4), {}),
+        ("planes sliced", (2, 16, 6, 6), {"layout": "planes sliced"}),
+        ("rows sliced", (2, 16, 6, 6), {"layout": "rows sliced", "carry": "gate filter"}),
+        ("mixed layouts", (2, 16, 6, 6), {"layout": "rows", "other": "planes"}),
+        ("every second column", (2, 16, 6, 5), {"layout": "every second column"}),
+    ),
+    *_rows(
+        "layer_attention",
+        ("one layer", (2, 16, 8, 8), {"T": 1}),  # the softmax is 1, and its gradient 0
+        ("heads", (2, 48, 8, 8), {"head_dim": 16}),
+        ("deep stage", (2, 8, 4, 4), {"T": 36}),  # the third stage of ResNet-152
+        ("primes", (3, 13, 7, 11), {}),
+        ("primes in rows", (3, 13, 7, 11), {"layout": "rows"}),
+        ("several runs of rows", (2, 48, 40, 40), {"layout": "rows"}),
+        ("one pixel", (4, 17, 1, 1), {}),
+        ("one channel", (3, 1, 9, 9), {}),
+        ("no sample", (0, 8, 4, 4), {}),
+        ("planes sliced", (2, 16, 6, 6), {"layout": "planes sliced"}),
+        ("rows sliced", (2, 16, 6, 6), {"layout": "rows sliced"}),
+        ("mixed layouts", (2, 16, 6, 6), {"other": "rows"}),
+        ("transposed", (2, 16, 6, 5), {"layout": "transposed"}),
+        ("expanded", (2, 16, 6, 5), {"other": "expanded"}),
+    ),
+    *_rows(
+        "gap_dsu",
+        ("joint", (3, 16, 8, 8), {}),
+        ("split", (3, 16, 8, 8), {"form": "split"}),
+        ("identity", (3, 16, 8, 8), {"activation": "identity"}),
+        ("tanh", (3, 16, 8, 8), {"activation": "tanh"}),
+        ("relu", (3, 16, 8, 8), {"activation": "relu"}),
+        ("GAP given", (3, 16, 8, 8), {"pooled": True}),
+        ("primes", (7, 37, 5, 3), {"form": "split"}),
+        ("primes in rows", (7, 37, 5, 3), {"layout": "rows"}),
+        ("several runs of rows", (2, 48, 40, 40), {"layout": "rows"}),
+        ("wide", (5, 132, 3, 3), {}),
+        ("one pixel", (4, 17, 1, 1), {}),
+        ("two channels", (3, 2, 9, 9), {"form": "split"}),
+        ("no sample", (0, 8, 4, 4), {}),
+        ("rows sliced", (2, 16, 6, 6), {"layout": "rows sliced"}),
+        ("expanded", (2, 16, 6, 5), {"layout": "expanded"}),
+    ),
+    *_rows(
+        "refresh_gates",
+        ("joint", (3, 16, 1, 1), {}),
+        ("split", (3, 16, 1, 1), {"form": "split"}),
+        ("hidden gates", (3, 16, 1, 1), {"gate": "hidden"}),
+        ("hidden tanh", (3, 16, 1, 1), {"gate": "hidden", "activation": "tanh", "form": "split"}),
+        ("hidden relu", (3, 16, 1, 1), {"gate": "hidden", "activation": "relu"}),
+        ("hidden identity", (3, 16, 1, 1), {"gate": "hidden", "activation": "identity"}),
+        ("one layer", (3, 16, 1, 1), {"T": 1}),
+        ("deep stage", (2, 8, 1, 1), {"T": 36, "form": "split"}),
+        ("primes", (7, 37, 1, 1), {"T": 5}),
+        ("wide", (2, 132, 1, 1), {"T": 5}),
+        ("two channels", (3, 2, 1, 1), {}),
+        ("no sample", (0, 8, 1, 1), {"form": "split"}),
+    ),
+]  # fmt: skip
+
+#: One plain call of every op.
+TYPICAL = {
+    "gap_dsu": partial(gap_dsu, 4, 16, 8, 8),
+    "layer_attention": partial(layer_attention, 4, 16, 8, 8, head_dim=8),
+    "light_update": partial(light_update, 4, 16, 8, 8, carry="gate filter", head_dim=8),
+    "norm_residual": partial(norm_residual, 4, 16, 8, 8, keep=True, relu="branch"),
+    "refresh_gates": partial(refresh_gates, 4, 16, 8, 8),
+}

@@ -1,0 +1,136 @@
+"""Which backend runs, and what is said when it cannot."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import TYPICAL
+
+import dla_kernels
+from dla_kernels import backend, native
+
+needs_native = pytest.mark.skipif(native.ERROR is not None, reason=str(native.ERROR))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def without_native(monkeypatch):
+    monkeypatch.setattr(native, "ERROR", "dla_kernels._C was not built")
+
+
+def runs_fused(op, monkeypatch, **kwargs) -> bool:
+    """Whether a call of ``op`` reaches the native kernels."""
+    module = importlib.import_module(f"dla_kernels.ops.{op}.function")
+    forward, backward = module.BACKENDS["native"]
+    seen = []
+    monkeypatch.setitem(module.BACKENDS, "native", (lambda *a: seen.append(op) or forward(*a), backward))
+    TYPICAL[op](dtype=torch.float32)(**kwargs)
+    return bool(seen)
+
+
+@needs_native
+@pytest.mark.parametrize("op", TYPICAL)
+def test_auto_runs_native(op, monkeypatch):
+    assert runs_fused(op, monkeypatch)
+
+
+@pytest.mark.parametrize("op", TYPICAL)
+def test_reference_by_name(op, monkeypatch):
+    assert not runs_fused(op, monkeypatch, backend="reference")
+
+
+@needs_native
+def test_argument_before_context_before_environment(monkeypatch):
+    monkeypatch.setenv("DLA_KERNELS_BACKEND", "reference")
+    assert backend.choose(CPU) == "reference"
+    with dla_kernels.use_backend("native"):
+        assert backend.choose(CPU) == "native"
+        with dla_kernels.use_backend("reference"):
+            assert backend.choose(CPU) == "reference"
+            assert backend.choose(CPU, "native") == "native"
+        assert backend.choose(CPU) == "native"
+        with dla_kernels.use_backend("auto"):
+            assert backend.choose(CPU) == "native"
+    assert backend.choose(CPU) == "reference"
+    monkeypatch.setenv("DLA_KERNELS_BACKEND", "")
+    assert backend.choose(CPU) == "native"
+
+
+def test_unknown_names(monkeypatch):
+    allowed = "must be one of auto, native, reference, got 'cudnn'"
+    with pytest.raises(ValueError, match=f"`backend` {allowed}"):
+        backend.choose(CPU, "cudnn")
+    with pytest.raises(ValueError, match=f"`name` {allowed}"), dla_kernels.use_backend("cudnn"):
+        pass
+    monkeypatch.setenv("DLA_KERNELS_BACKEND", "cudnn")
+    with pytest.raises(ValueError, match=f"DLA_KERNELS_BACKEND {allowed}"):
+        TYPICAL["gap_dsu"](dtype=torch.float32)()
+
+
+@pytest.mark.usefixtures("without_native")
+def test_only_auto_falls_back(monkeypatch):
+    assert backend.choose(CPU) == "reference"
+    assert dla_kernels.backends() == {"native": "dla_kernels._C was not built", "reference": True}
+    assert not backend.can_run("native", CPU)
+    with pytest.raises(RuntimeError, match=r"backend native: dla_kernels._C was not built"):
+        backend.choose(CPU, "native")
+    with pytest.raises(RuntimeError, match="was not built"):
+        dla_kernels.build_info()
+
+
+@needs_native
+def test_native_runs_on_the_cpu_only():
+    meta = torch.device("meta")
+    assert backend.choose(meta) == "reference"
+    with pytest.raises(RuntimeError, match="backend native: its kernels run on cpu, not on meta"):
+        backend.choose(meta, "native")
+
+
+@needs_native
+def test_build_info():
+    info = dla_kernels.build_info()
+    assert info["version"] == dla_kernels.__version__
+    assert info["instruction_set"] in info["instruction_sets"].split()
+    assert "-O3" in info["flags"]
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        ("None", "dla_kernels._C was not built: there was no C++ compiler when the package was installed"),
+        ("Broken()", "dla_kernels._C does not load: undefined symbol"),
+    ],
+)
+def test_imports_without_a_native_library(module, reason):
+    """A missing or broken library never stops the import; the cause is kept."""
+    script = f"""
+import importlib.abc, sys
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "dla_kernels._C":
+            if {module == "None"}:
+                raise ModuleNotFoundError("No module", name=name)
+            raise ImportError("undefined symbol")
+sys.meta_path.insert(0, Finder())
+import torch, dla_kernels
+assert dla_kernels.backends()["native"] == {reason!r}, dla_kernels.backends()
+y, h, c = dla_kernels.gap_dsu(*torch.zeros(3, 2, 4), [torch.zeros(1, 8), torch.zeros(12, 1), torch.zeros(12)])
+assert y.shape == (2, 4)
+from dla_kernels.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"no native library: {reason}" in done.stdout
+
+
+@needs_native
+def test_table_of_backends(capsys):
+    from dla_kernels.__main__ import main
+
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    for op in TYPICAL:
+        assert any(line.split()[:3] == [op, "cpu", "native"] for line in lines)

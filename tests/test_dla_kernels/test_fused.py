@@ -1,0 +1,162 @@
+"""The fused backends against the reference: outputs and all gradients, in every dtype, layout and awkward size."""
+
+import pytest
+import torch
+from cases import MAKE, ROWS, TYPICAL, Call
+from helpers import assert_close, relative_error
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dla_kernels import native
+
+pytestmark = pytest.mark.skipif(native.ERROR is not None, reason=str(native.ERROR))
+
+# Float64 differs by the order of sums alone. Float32 is compared with float64, so sums over a map count. Of the low
+# precisions an element has one rounding, half an epsilon at most; a gradient through `o` as it was stored, two.
+LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def check(call: Call, limit: float) -> None:
+    expected_call = call.to_double()
+    directions = call.directions(call("native"))
+    actual = call.run("native", directions)
+    expected = expected_call.run("reference", [d.double() for d in directions])
+    for name, value in actual.items():
+        assert_close(value, expected[name], limit, name)
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("make", ROWS)
+def test_matches_the_reference(make, dtype):
+    check(make(dtype=dtype), LIMITS[dtype])
+
+
+@pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("make", ROWS)
+def test_matches_on_every_instruction_set(make, instruction_set):
+    from dla_kernels import _C
+
+    if instruction_set not in _C.instruction_sets():
+        pytest.skip(f"no {instruction_set} here")
+    before = _C.instruction_set()
+    _C.use_instruction_set(instruction_set)
+    try:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            check(make(dtype=dtype), LIMITS[dtype])
+    finally:
+        _C.use_instruction_set(before)
+
+
+@pytest.mark.parametrize("make", ROWS)
+def test_dtypes_and_shapes_are_those_of_the_reference(make):
+    call = make(dtype=torch.bfloat16)
+    actual, expected = call.run("native"), call.run("reference")
+    for name, value in actual.items():
+        assert (value.dtype, value.shape) == (expected[name].dtype, expected[name].shape), name
+
+
+@pytest.mark.parametrize("layout", ["planes", "rows"])
+@pytest.mark.parametrize("op", ["norm_residual", "light_update", "layer_attention"])
+def test_maps_keep_their_layout(op, layout):
+    for name, value in TYPICAL[op](dtype=torch.float32, layout=layout).run("native").items():
+        if value.dim() == 4 and value.shape[1] > 1 and value.shape[-1] > 3:
+            assert value.is_contiguous(memory_format=torch.channels_last) == (layout == "rows"), name
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("op", TYPICAL)
+def test_nan_and_infinity_pass(op, value):
+    """A bad sample shows where it does in the reference: in its own outputs, and nowhere else."""
+    for name in TYPICAL[op](dtype=torch.float32).tensors:
+        torch.manual_seed(0)
+        call = TYPICAL[op](dtype=torch.float32)
+        with torch.no_grad():
+            call.tensors[name].view(-1)[3] = value
+        for i, (actual, expected) in enumerate(zip(call("native"), call("reference"), strict=True)):
+            if name in ("value_weight", "carry_weight") and actual.dim() == 4:
+                # At the border the kernels multiply the padding's zero by the tap, which the reference leaves out.
+                actual, expected = actual[..., 1:-1, 1:-1], expected[..., 1:-1, 1:-1]
+            assert torch.equal(actual.isfinite(), expected.isfinite()), f"{name}, output {i}"
+
+
+@pytest.mark.parametrize("layout", ["planes", "rows"])
+@pytest.mark.parametrize("op", MAKE)
+def test_same_bits_whatever_the_number_of_threads(op, layout):
+    call = MAKE[op](3, 64, 33, 33, torch.float32, layout)
+    runs = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        runs.append(call.run("native"))
+    for name, value in runs[0].items():
+        assert all(torch.equal(value, run[name]) for run in runs[1:]), name
+
+
+@pytest.mark.parametrize("op", TYPICAL)
+def test_only_the_gradients_asked_for(op):
+    """Each tensor alone: the others' gradients are not needed, and its own is the same."""
+    call = TYPICAL[op](dtype=torch.float64)
+    everything = call.run("native")
+    for name, tensor in call.tensors.items():
+        for other in call.tensors.values():
+            other.requires_grad_(other is tensor)
+        outputs = [o for o in call("native") if o.requires_grad]
+        (grad,) = torch.autograd.grad(outputs, [tensor], call.directions(outputs))
+        assert relative_error(grad, everything[f"gradient of {name}"]) < 1e-13, name
+
+
+@pytest.mark.parametrize("op", TYPICAL)
+def test_each_output_alone(op):
+    """A loss may see one output only; the others' gradients then never come."""
+    call = TYPICAL[op](dtype=torch.float64)
+    for i in range(len(call("native"))):
+        grads = [
+            torch.autograd.grad(c(b)[i].square().sum(), list(c.tensors.values()), allow_unused=True)
+            for c, b in ((call, "native"), (call.to_double(), "reference"))
+        ]
+        for name, actual, expected in zip(call.tensors, *grads, strict=True):
+            expected = torch.zeros_like(actual) if expected is None else expected
+            assert_close(actual, expected, 1e-12, f"output {i}, gradient of {name}")
+
+
+def test_variance_survives_a_mean_far_from_zero():
+    """From sums of squares it would lose every digit in float32."""
+    for op in ("light_update", "layer_attention"):
+        for layout in ("planes", "rows"):
+            call = MAKE[op](2, 8, 12, 12, torch.float32, layout)
+            with torch.no_grad():
+                for name in ("x", "carried", "values.0", "values.1"):
+                    if name in call.tensors:
+                        call.tensors[name].mul_(1e-2).add_(1e3)
+            shifted = call("native")[2]
+            assert_close(shifted, call.to_double()("reference")[2], 1e-3, f"{op} {layout}")
+
+
+SIZES = st.integers(1, 40)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+@pytest.mark.parametrize("op", MAKE)
+def test_any_shape_layout_and_dtype(op, data):
+    layouts = st.sampled_from(("planes", "rows", "planes sliced", "rows sliced", "transposed", "every second column"))
+    options = {"layout": data.draw(layouts), "other": data.draw(layouts)}
+    if op == "norm_residual":
+        options |= {
+            "statistics": data.draw(st.sampled_from(("own", "samples", "channels"))),
+            "keep": data.draw(st.booleans()),
+            "relu": data.draw(st.sampled_from((None, "branch", "sum"))),
+        }
+    if op == "light_update":
+        options["carry"] = data.draw(st.sampled_from(("none", "plain", "gate", "filter", "gate filter")))
+    if op in ("layer_attention", "refresh_gates"):
+        options["T"] = data.draw(st.integers(1, 6))
+    if op in ("gap_dsu", "refresh_gates"):
+        options["form"] = data.draw(st.sampled_from(("joint", "split")))
+        options["activation"] = data.draw(st.sampled_from(("identity", "tanh", "sigmoid")))
+    shape = data.draw(st.integers(0, 4)), data.draw(SIZES), data.draw(SIZES), data.draw(SIZES)
+    if shape[0] == 0 and op == "norm_residual":
+        options["statistics"] = "channels"  # an empty batch has none
+    if options.get("statistics") == "own":
+        shape = (max(shape[0], 2), *shape[1:])  # one value per channel has no variance
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    check(MAKE[op](*shape, torch.float64, **options), 1e-10)  # a sum that nearly cancels has fewer digits left
