@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from cases import TYPICAL
+from test_dla_kernels.cases import TYPICAL
 
 import dla_kernels
 from dla_kernels import backend, native

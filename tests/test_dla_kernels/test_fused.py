@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import MAKE, ROWS, TYPICAL, Call
 from helpers import assert_close, relative_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_dla_kernels.cases import MAKE, ROWS, TYPICAL, Call
 
 from dla_kernels import native
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import TYPICAL
 from helpers import assert_close
+from test_dla_kernels.cases import TYPICAL
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dla_kernels import native
