@@ -1,9 +1,11 @@
 # `make demo` and `make test` do all the set-up themselves; both work in a fresh clone.
+# They run the installed package, never the source tree: the programs of $(BIN) do not look into this folder.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc dla dla_kernels -name '*.py' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := $(CPP) $(shell find dla dla_kernels -name '*.py')
 
 .PHONY: help demo test test-all bench lint format clean
 
@@ -15,9 +17,8 @@ help:
 	@echo "make lint      check style;  make format  mend it"
 
 demo: $(VENV)/.package
-	$(BIN)/python -m dla.demo --out demo
+	$(BIN)/dla-demo --out demo
 
-# The tests import the installed package, never the source tree: pytest is started so that it does not see the latter.
 test: $(VENV)/.package
 	$(BIN)/pytest -n 2 -m "not slow"
 
@@ -30,10 +31,12 @@ bench: $(VENV)/.package
 lint: $(VENV)/.package
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/.package
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP)
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo
@@ -41,9 +44,10 @@ clean:
 $(VENV)/.dependencies: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet '.[dev]'
+	$(BIN)/pip install --quiet setuptools torch pybind11
+	$(BIN)/pip install --quiet --no-build-isolation --check-build-dependencies '.[dev]'
 	touch $@
 
 $(VENV)/.package: $(VENV)/.dependencies setup.py $(SOURCES)
-	$(BIN)/pip install --quiet --no-deps --force-reinstall .
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --force-reinstall .
 	touch $@

@@ -94,7 +94,9 @@ def train(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Deterministic kernels only.", rich_help_panel=OF_MACHINE)
     ] = False,
-    workers: Annotated[int, typer.Option(help="Loader processes per device.", rich_help_panel=OF_MACHINE)] = 0,
+    workers: Annotated[
+        int | None, typer.Option(help="Loader processes per device. Default: 4, digits 0.", rich_help_panel=OF_MACHINE)
+    ] = None,
     limit_train_batches: Annotated[int | None, typer.Option(min=1, help="Batches of an epoch.")] = None,
     limit_val_batches: Annotated[int | None, typer.Option(min=1, help="Batches of a validation.")] = None,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
@@ -119,7 +121,7 @@ def train(
             fixed = {"model": model, "cell": cell, "config": config, "reduction": reduction, "seed": seed}
             _refuse_with_resume(fixed | {"recipe": recipe} | fields)
             classifier = training.load_classifier(resume, epochs)
-            data = data or classifier.hparams.data
+            classifier.hparams.data = data = data or classifier.hparams.data
             sets = open_sets(data, download)
             _check_fit(classifier, sets)
             out = out or resume.parent
@@ -147,13 +149,12 @@ def train(
             deterministic=deterministic,
             **_given({"limit_train_batches": limit_train_batches, "limit_val_batches": limit_val_batches}),
         )
-        images = ImageData(
-            sets, classifier.recipe.batch_size, trainer.world_size, workers, seed=classifier.hparams.seed
-        )
+        batch_size, seed = classifier.recipe.batch_size, classifier.hparams.seed
+        images = ImageData(sets, batch_size, trainer.world_size, _workers(workers, data), seed)
     trainer.fit(classifier, images, ckpt_path=resume, weights_only=True)
     if trainer.is_global_zero:
         _report(trainer.callback_metrics)
-        typer.echo(f"written to {out}: last.ckpt, best.ckpt, {Path(trainer.log_dir).name}/metrics.csv")
+        typer.echo(f"written to {out}: last.ckpt, best.ckpt, {Path(trainer.logger.log_dir).name}/metrics.csv")
 
 
 @app.command()
@@ -161,7 +162,7 @@ def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of `dla train`.")],
     data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} Default: those of the training.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 256,
-    workers: Annotated[int, typer.Option(help="Loader processes.")] = 0,
+    workers: Annotated[int | None, typer.Option(help="Loader processes. Default: 4, digits 0.")] = None,
     accelerator: Annotated[str, typer.Option(help="auto, cpu, gpu, ...")] = "auto",
     precision: Annotated[str, typer.Option(help="32, bf16-mixed, 16-mixed or 64.")] = "32",
     limit_val_batches: Annotated[int | None, typer.Option(min=1, help="Batches to evaluate.")] = None,
@@ -175,7 +176,8 @@ def evaluate(
     training.quiet_lightning()
     with bad_input():
         classifier = training.load_classifier(checkpoint)
-        sets = open_sets(data or classifier.hparams.data, download)
+        data = data or classifier.hparams.data
+        sets = open_sets(data, download)
         _check_fit(classifier, sets)
         trainer = training.make_trainer(
             1,
@@ -185,9 +187,9 @@ def evaluate(
             precision=precision,
             **_given({"limit_val_batches": limit_val_batches}),
         )
-        images = ImageData(sets, min(batch_size, len(sets.train)), workers=workers)
+        images = ImageData(sets, min(batch_size, len(sets.train)), workers=_workers(workers, data))
     (metrics,) = trainer.validate(classifier, images, verbose=False)
-    typer.echo(f"{classifier.hparams.model} on {data or classifier.hparams.data}")
+    typer.echo(f"{classifier.hparams.model} on {data}")
     _report(metrics)
 
 
@@ -223,6 +225,11 @@ def plot(
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _workers(given: int | None, data: str) -> int:
+    """The digits lie in memory; images in files are worth some processes."""
+    return given if given is not None else 0 if data.startswith("digits") else 4
 
 
 def _epochs(text: str | None) -> tuple[int, ...] | None:

@@ -167,7 +167,7 @@ class SeededImages(Dataset):
         epoch, index = key
         # Without workers this runs in the training process, whose own random state must stay untouched.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mix_seed(self.seed, epoch, index))
+            torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
             return self.images[index]
 
 

@@ -1,4 +1,4 @@
-"""The demo, `python -m dla.demo --out demo`: DLA learns handwritten digits beside its rivals, in minutes on a CPU.
+"""The demo, `dla-demo --out demo`: DLA learns handwritten digits beside its rivals, in minutes on a CPU.
 
 It trains ResNet-20 plain, with MRLA-L and with DLA-L, for the table and the curves, then ResNet-56 with MRLA-B and
 DLA-B, whose stages of six blocks show the attention over layers: MRLA's layers stay as they were, DLA's are refreshed.
@@ -136,5 +136,10 @@ def main(
         console.print(f"written: {out / file}", highlight=False, soft_wrap=True)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The console script `dla-demo`."""
     typer.run(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,14 +1,17 @@
 """Training of image classifiers on Lightning: recipes, the module, its checkpoints and its trainer.
 
-classifier = Classifier("resnet20_dla_l", DIGITS, data="digits")
-trainer = make_trainer(DIGITS.epochs, out="runs/digits")
-trainer.fit(classifier, ImageData(open_sets("digits"), DIGITS.batch_size), weights_only=True)
+A training in three lines:
+
+    classifier = Classifier("resnet20_dla_l", DIGITS, {"in_chans": 1}, data="digits")
+    trainer = make_trainer(DIGITS.epochs, out="runs/digits")
+    trainer.fit(classifier, ImageData(open_sets("digits"), DIGITS.batch_size))
 """
 
 import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -53,7 +56,7 @@ class Recipe:
             "epochs": (self.epochs >= 1, "at least 1"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
             "milestones": (
-                all(0 < a < b for a, b in zip((0.5, *self.milestones), self.milestones, strict=False)),
+                all(a < b for a, b in pairwise((0, *self.milestones))),
                 "increasing epochs, at least 1",
             ),
             "lr": (self.lr > 0, "above 0"),
@@ -109,26 +112,17 @@ class Classifier(LightningModule):
         self, model: str, recipe: Recipe | dict, model_args: dict[str, Any] | None = None, data: str = "", seed: int = 0
     ):
         super().__init__()
-        recipe = (
-            recipe if isinstance(recipe, Recipe) else Recipe(**recipe | {"milestones": tuple(recipe["milestones"])})
-        )
+        recipe = recipe if isinstance(recipe, Recipe) else Recipe(**recipe)
         model_args = dict(model_args or {})
-        self.save_hyperparameters(
-            {
-                "model": model,
-                "recipe": asdict(recipe) | {"milestones": list(recipe.milestones)},
-                "model_args": dict(model_args),
-                "data": data,
-                "seed": seed,
-            }
-        )
+        plain = {"model": model, "recipe": recipe.as_dict(), "model_args": dict(model_args), "data": data, "seed": seed}
+        self.save_hyperparameters(plain)
         self.recipe = recipe
         if "config" in model_args:
             if model_args["config"] not in dla.CONFIGS:
                 raise ValueError(f"`config` must be one of {', '.join(dla.CONFIGS)}, got {model_args['config']!r}")
             model_args["config"] = dla.CONFIGS[model_args["config"]]
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
             self.net = dla.create_model(model, drop_path_rate=recipe.drop_path_rate, **model_args)
         num_classes = model_args.get("num_classes", 10)
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")

@@ -1,4 +1,5 @@
 import csv
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 import dla
 import dla_kernels
+from dla import plots
 from dla.cli import app
 from dla.data import open_sets
 from dla.training import load_classifier
@@ -110,9 +112,27 @@ def test_resume_goes_on_where_it_stopped(trained, tmp_path):
     succeed("train", "--model", "resnet20_dla_b", "--data", "digits:8", "--epochs", 2, "--out", whole, *TINY)
     text = succeed("train", "--resume", trained / "last.ckpt", "--epochs", 2, "--out", tmp_path / "resumed", *TINY)
     assert f"written to {tmp_path / 'resumed'}" in text
+    assert load_classifier(tmp_path / "resumed" / "last.ckpt").hparams == load_classifier(whole / "last.ckpt").hparams
     a, b = (torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("whole", "resumed"))
     assert (b["epoch"], b["global_step"]) == (1, 4)
     assert all(torch.equal(a["state_dict"][key], b["state_dict"][key]) for key in a["state_dict"])
+
+
+def test_resume_on_other_data_notes_them(trained, tmp_path):
+    succeed(
+        "train", "--resume", trained / "last.ckpt", "--epochs", 2, "--data", "digits:12", "--out", tmp_path, *TINY
+    )  # fmt: skip
+    assert load_classifier(tmp_path / "last.ckpt").hparams.data == "digits:12"
+
+
+def test_finished_run_resumes_in_its_own_folder(trained, tmp_path):
+    """Without --out: the same folder, a new log beside the old one."""
+    shutil.copytree(trained, tmp_path / "run")
+    log = (tmp_path / "run" / "version_0" / "metrics.csv").read_text()
+    succeed("train", "--resume", tmp_path / "run" / "last.ckpt", "--epochs", 2, *TINY)
+    assert (tmp_path / "run" / "version_0" / "metrics.csv").read_text() == log
+    assert (tmp_path / "run" / "version_1" / "metrics.csv").exists()
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["epoch"] == 1
 
 
 def test_evaluate_counts_every_held_out_image(trained):
@@ -132,8 +152,8 @@ def test_evaluate_on_other_data(trained):
 
 def test_plot_draws_the_attention(trained, tmp_path, monkeypatch):
     drawn = {}
-    real = dla.plots.layer_attention_heatmaps
-    monkeypatch.setattr(dla.plots, "layer_attention_heatmaps", lambda models: drawn.update(models) or real(models))
+    real = plots.layer_attention_heatmaps
+    monkeypatch.setattr(plots, "layer_attention_heatmaps", lambda models: drawn.update(models) or real(models))
     out = tmp_path / "new" / "attention.png"
     assert str(out) in succeed("plot", trained / "last.ckpt", "--out", out, "--images", 450)
     images = torch.stack([image for image, _ in open_sets("digits:8").test])

@@ -9,7 +9,7 @@ from torch.utils.data import Subset
 from typer.testing import CliRunner
 
 import dla
-from dla import demo
+from dla import demo, plots
 from dla.data import open_sets
 from dla.training import count_parameters, load_classifier
 
@@ -27,9 +27,9 @@ def drawn(monkeypatch):
     """What the demo gave the two plots."""
     given = {}
     for name in ("accuracy_curves", "layer_attention_heatmaps"):
-        real = getattr(dla.plots, name)
+        real = getattr(plots, name)
         monkeypatch.setattr(
-            dla.plots, name, lambda data, *args, name=name, real=real: given.update({name: data}) or real(data, *args)
+            plots, name, lambda data, *args, name=name, real=real: given.update({name: data}) or real(data, *args)
         )
     return given
 

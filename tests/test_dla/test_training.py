@@ -69,7 +69,8 @@ def test_momentum_and_weight_decay_reach_the_optimizer():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("epochs", 0), ("batch_size", 0), ("milestones", (5, 5)), ("milestones", (0,)), ("lr", 0.0), ("gamma", 1.5),
+        ("epochs", 0), ("batch_size", 0), ("milestones", (5, 5)), ("milestones", (0,)), ("milestones", (7, 5)),
+        ("lr", 0.0), ("gamma", 1.5),
         ("momentum", 1.0), ("weight_decay", -1.0), ("warmup_epochs", -1), ("drop_path_rate", 1.0),
     ],
 )  # fmt: skip
