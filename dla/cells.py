@@ -44,8 +44,8 @@ class Cell(nn.Module):
     def initial_state(self, x: Tensor) -> State:
         """The state before a stage's first layer, for a batch like ``x`` ([B, C, ...])."""
         if self.initial_context is None:
-            zeros = x.new_zeros(x.shape[0], self.channels, dtype=accumulate_dtype(x))
-            return State(zeros, zeros)
+            # Two tensors: compilers do not take one for both.
+            return State(*(x.new_zeros(x.shape[0], self.channels, dtype=accumulate_dtype(x)) for _ in range(2)))
         context = self.initial_context.to(accumulate_dtype(x)).expand(x.shape[0], -1)
         return State(ACTIVATIONS[self.activation](context), context)
 

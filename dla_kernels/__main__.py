@@ -8,7 +8,7 @@ from dla_kernels.backend import BACKENDS, choose, why_not
 
 def devices() -> list[torch.device]:
     """The CPU, and the accelerator where there is one."""
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     return [torch.device("cpu"), *([accelerator] if accelerator is not None else [])]
 
 
