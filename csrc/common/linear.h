@@ -7,7 +7,7 @@ void linear(int64_t M, int64_t N, int64_t K, const A* x, const Linear<A>& layer,
             bool relu, A* out) {
     constexpr int L = kLanes<A>, kRows = 4, kColumns = 4;
     const int64_t columns = ceil_div(N, kColumns), whole = K / L * L;
-    parallel(ceil_div(M, kRows) * columns, kRows * kColumns * K, [&](int64_t begin, int64_t end) {
+    parallel(ceil_div(M, kRows) * columns, kRows * kColumns * K / 8, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
             const int64_t m0 = task / columns * kRows, n0 = task % columns * kColumns;
             // Beyond the edge the last row or column is computed again, and not stored.
@@ -46,7 +46,7 @@ void product(int64_t M, int64_t N, int64_t K, const A* a, int64_t row, int64_t c
              A* out, int64_t out_pitch) {
     constexpr int L = kLanes<A>, kRows = 6, kVectors = 2;
     const int64_t columns = ceil_div(N, kVectors * L);
-    parallel(ceil_div(M, kRows) * columns, kRows * kVectors * L * K, [&](int64_t begin, int64_t end) {
+    parallel(ceil_div(M, kRows) * columns, kRows * kVectors * L * K / 8, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
             const int64_t m0 = task / columns * kRows, n0 = task % columns * kVectors * L;
             const A* rows[kRows];

@@ -1,24 +1,26 @@
-// Writing an output map out of float accumulators together with its mean and variance over H, W. Two passes over what
-// still lies in the cache: no sum of squares, so nothing cancels. Included inside an instruction set's namespace.
+// Writing an output map out of float accumulators together with its mean and variance over H, W. The deviations are
+// summed in a pass of their own over what still lies in the cache: no sum of squares, so nothing cancels. Included
+// inside an instruction set's namespace.
 
-// o [H, W], `pitch` apart, readable up to a whole vector beyond every row -> out, and its moments.
+// o [H, W], `pitch` apart, readable up to a whole vector beyond every row, and its sum -> out and its moments.
 template <class A, int N, class T>
-void finish_plane(const A* o, int64_t pitch, int64_t H, int64_t W, T* out, A& mean, A& var) {
-    Vec<A, N> total = {};
-    for (int64_t i = 0; i < H; ++i) {
-        for (int64_t j = 0; j < W; j += N) total += keep_lanes<A, N>(load<A, N>(o + i * pitch + j), W - j);
-    }
-    mean = sum<A, N>(total) / A(H * W);
-    total = Vec<A, N>{};
-    for (int64_t i = 0; i < H; ++i) {
-        for (int64_t j = 0; j < W; j += N) {
-            const Vec<A, N> value = load<A, N>(o + i * pitch + j);
-            const Vec<A, N> centred = keep_lanes<A, N>(value - mean, W - j);
-            store<A, N>(out + i * W + j, value, W - j);
-            total += centred * centred;
+void finish_plane(const A* o, int64_t pitch, int64_t H, int64_t W, A total, T* out, A& mean, A& var) {
+    mean = total / A(H * W);
+    const int64_t whole = W / N * N;
+    Vec<A, N> squares = {};
+    for (int64_t i = 0; i < H; ++i, o += pitch, out += W) {
+        for (int64_t j = 0; j < whole; j += N) {
+            const Vec<A, N> value = load<A, N>(o + j), centred = value - mean;
+            store<A, N>(out + j, value);
+            squares += centred * centred;
+        }
+        if (whole < W) {
+            const Vec<A, N> value = load<A, N>(o + whole), centred = keep_lanes<A, N>(value - mean, W - whole);
+            store<A, N>(out + whole, value, W - whole);
+            squares += centred * centred;
         }
     }
-    var = sum<A, N>(total) / A(H * W);
+    var = sum<A, N>(squares) / A(H * W);
 }
 
 // Mean and squared deviations of channels_last pixels, gathered group by group (Chan's formula).

@@ -12,7 +12,7 @@ namespace dla {
 // thread.
 template <class Body>
 void parallel(int64_t tasks, int64_t elements, const Body& body) {
-    constexpr int64_t kGrain = 1 << 14;
+    constexpr int64_t kGrain = 1 << 15;
     const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements));
     if (tasks > 0) torch::stable::parallel_for(0, tasks, grain, body);
 }

@@ -2,20 +2,25 @@
 // piece at a time, while the sum over the layers stays in the first cache.
 #include "common/moments.h"
 
-// o [HW] = sum over the layers of weights * values, for one channel.
+// o [HW] = sum over the layers of weights * values, for one channel; returns its sum.
 template <class T, class A = Acc<T>>
-void attend_plane(const LayerAttentionForward<T>& a, int64_t b, int64_t c, A* o) {
+A attend_plane(const LayerAttentionForward<T>& a, int64_t b, int64_t c, A* o) {
     constexpr int N = kLanes<A>;
     const int64_t HW = a.shape.HW(), C = a.shape.C;
     const A* weights = a.weights + b * a.layers * C + c;
+    Vec<A> total;
     for (int64_t m = 0; m < a.layers; ++m) {
         const T* value = a.values[m].at(b, c, 0);
         const auto weight = broadcast(weights[m * C]);
+        total = Vec<A>{};
         for (int64_t p = 0; p < HW; p += N) {
             const auto before = m > 0 ? load<A>(o + p) : Vec<A>{};
-            store<A>(o + p, before + weight * load<A>(value + p, HW - p));
+            const auto now = before + keep_lanes<A>(weight * load<A>(value + p, HW - p), HW - p);
+            store<A>(o + p, now);
+            total += now;
         }
     }
+    return sum<A, N>(total);
 }
 
 template <class T>
@@ -26,8 +31,8 @@ void forward_planes(const LayerAttentionForward<T>& a) {
     parallel(a.shape.B * C, a.layers * HW, [&](int64_t begin, int64_t end) {
         const Scratch<A> o(pitch);
         for (int64_t i = begin; i < end; ++i) {
-            attend_plane(a, i / C, i % C, o.get());
-            finish_plane<A, N>(o.get(), pitch, 1, HW, a.out.at(i / C, i % C, 0), a.mean[i], a.var[i]);
+            const A total = attend_plane(a, i / C, i % C, o.get());
+            finish_plane<A, N>(o.get(), pitch, 1, HW, total, a.out.at(i / C, i % C, 0), a.mean[i], a.var[i]);
         }
     });
 }

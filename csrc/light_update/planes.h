@@ -20,10 +20,10 @@ void fill(const PaddedPlane<A, N>& plane, const T* x, int64_t H, int64_t W) {
     }
 }
 
-// The columns from j on of o = filter_x over x + (filter_carried over carried, or factor * carried).
+// The columns from j on of o = filter_x over x + (filter_carried over carried, or factor * carried); returns their sum.
 template <class T, int N, Carry kCarry, class A = Acc<T>>
-void forward_strip(const PaddedPlane<A, N>& x, const PaddedPlane<A, N>& carried, const T* carried_map, int64_t H,
-                   int64_t W, int64_t j, const A* filter_x, const A* filter_carried, A* o, int64_t o_pitch) {
+A forward_strip(const PaddedPlane<A, N>& x, const PaddedPlane<A, N>& carried, const T* carried_map, int64_t H,
+                int64_t W, int64_t j, const A* filter_x, const A* filter_carried, A* o, int64_t o_pitch) {
     using V = Vec<A, N>;
     V fx[9], fc[9];
     for (int t = 0; t < 9; ++t) {
@@ -31,7 +31,7 @@ void forward_strip(const PaddedPlane<A, N>& x, const PaddedPlane<A, N>& carried,
         fc[t] = broadcast<A, N>(filter_carried[t]);
     }
     // Each row of the input is read once and adds to three rows of the output, held in registers.
-    V above = {}, here = {};
+    V above = {}, here = {}, total = {};
     for (int64_t i = 0; i < H; ++i) {
         V below = {};
         const auto add_row = [&](const A* row, const V* f) {
@@ -47,11 +47,15 @@ void forward_strip(const PaddedPlane<A, N>& x, const PaddedPlane<A, N>& carried,
         if constexpr (kCarry == Carry::scaled) {
             here += fc[4] * load<A, N>(carried_map + i * W + j, W - j, (H - i) * W - j);
         }
-        if (i > 0) store<A, N>(o + (i - 1) * o_pitch + j, above);
+        if (i > 0) {
+            store<A, N>(o + (i - 1) * o_pitch + j, above);
+            total += above;
+        }
         above = here;
         here = below;
     }
     store<A, N>(o + (H - 1) * o_pitch + j, above);
+    return sum<A, N>(keep_lanes<A, N>(total + above, W - j));
 }
 
 template <class T, int N, Carry kCarry>
@@ -72,11 +76,12 @@ void forward_planes_of(const LightUpdateForward<T>& a) {
             fill<A, N>(x, a.x.at(b, c, 0), H, W);
             const T* carried_map = kCarry == Carry::none ? nullptr : a.carried.at(b, c, 0);
             if constexpr (kCarry == Carry::filtered) fill<A, N>(carried, carried_map, H, W);
+            A total = 0;
             for (int64_t j = 0; j < W; j += N) {
-                forward_strip<T, N, kCarry>(x, carried, carried_map, H, W, j, filter_x, filter_carried, o.get(),
-                                            o_pitch);
+                total += forward_strip<T, N, kCarry>(x, carried, carried_map, H, W, j, filter_x, filter_carried,
+                                                     o.get(), o_pitch);
             }
-            finish_plane<A, N>(o.get(), o_pitch, H, W, a.out.at(b, c, 0), a.mean[i], a.var[i]);
+            finish_plane<A, N>(o.get(), o_pitch, H, W, total, a.out.at(b, c, 0), a.mean[i], a.var[i]);
         }
     });
 }

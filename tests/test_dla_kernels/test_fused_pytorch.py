@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import assert_close
 from test_dla_kernels.cases import TYPICAL
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dla_kernels import native
@@ -65,7 +66,7 @@ def test_compiles_to_one_graph(op):
 @pytest.mark.parametrize("op", TYPICAL)
 def test_batch_size_recompiles_once(op):
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = None
     for batch in (4, 6, 9, 7, 12):
         make = TYPICAL[op]

@@ -40,7 +40,8 @@ class GapDsu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y: Tensor | None, grad_h: Tensor | None, grad_c: Tensor | None):
-        y, h, c, *weights = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: checkpointing computes it anew at every look
+        y, h, c, *weights = saved
         grad_x, *grads, grad_weights = BACKENDS[ctx.backend][1](
             grad_y, grad_h, grad_c, y, h, c, weights, ctx.activation
         )
@@ -48,7 +49,7 @@ class GapDsu(torch.autograd.Function):
             grad_x = grad_x.div(ctx.shape[2] * ctx.shape[3]).to(ctx.dtype)[..., None, None].expand(ctx.shape)
         needs = ctx.needs_input_grad[:3] + ctx.needs_input_grad[5:]
         grads = tuple(g if n else None for g, n in zip((grad_x, *grads, *grad_weights), needs, strict=True))
-        grads = double_backward.once("gap_dsu", grads, (grad_y, grad_h, grad_c, *ctx.saved_tensors))
+        grads = double_backward.once("gap_dsu", grads, (grad_y, grad_h, grad_c, *saved))
         return (
             *grads[:3],
             None,  # activation

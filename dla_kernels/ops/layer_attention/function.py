@@ -38,7 +38,8 @@ class LayerAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_o: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None):
-        o, mean, q, k, gates, *values = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: checkpointing computes it anew at every look
+        o, mean, q, k, gates, *values = saved
         if grad_o is None:
             grad_o = torch.zeros_like(o)
         needs = ctx.needs_input_grad[:3] + ctx.needs_input_grad[5:]
@@ -48,7 +49,7 @@ class LayerAttention(torch.autograd.Function):
         )  # fmt: skip
         grads += grad_values or [None] * len(values)
         grads = tuple(g if need else None for g, need in zip(grads, needs, strict=True))
-        grads = double_backward.once("layer_attention", grads, (grad_o, grad_mean, grad_var, *ctx.saved_tensors))
+        grads = double_backward.once("layer_attention", grads, (grad_o, grad_mean, grad_var, *saved))
         return (
             *grads[:3],
             None,  # head_dim

@@ -55,7 +55,8 @@ class LightUpdate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_o: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None):
-        x, carried, o, mean, q, k, value_weight, carry_scale, gate, carry_weight = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: checkpointing computes it anew at every look
+        x, carried, o, mean, q, k, value_weight, carry_scale, gate, carry_weight = saved
         if grad_o is None:
             grad_o = torch.zeros_like(o)
         needs = ctx.needs_input_grad[:8]
@@ -64,7 +65,7 @@ class LightUpdate(torch.autograd.Function):
             x, q, k, value_weight, carried, carry_scale, gate, carry_weight, ctx.head_dim, needs[0], needs[4],
         )  # fmt: skip
         grads = tuple(g if need else None for g, need in zip(grads, needs, strict=True))
-        return *double_backward.once("light_update", grads, (grad_o, grad_mean, grad_var, *ctx.saved_tensors)), *(
+        return *double_backward.once("light_update", grads, (grad_o, grad_mean, grad_var, *saved)), *(
             None,  # head_dim
             None,  # backend
         )

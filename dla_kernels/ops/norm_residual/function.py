@@ -53,7 +53,8 @@ class NormResidual(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out: Tensor | None, grad_y: Tensor | None, *_):
-        o, out, mean, var, weight, bias, keep = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: checkpointing computes it anew at every look
+        o, out, mean, var, weight, bias, keep = saved
         if grad_out is None:
             grad_out = torch.zeros_like(o)
         need_x, need_o, need_mean, need_var, need_weight, need_bias, need_keep = ctx.needs_input_grad[:7]
@@ -72,7 +73,7 @@ class NormResidual(torch.autograd.Function):
             grad_bias if need_bias else None,
             grad_keep if need_keep else None,
         )
-        return *double_backward.once("norm_residual", grads, (grad_out, grad_y, *ctx.saved_tensors)), *(
+        return *double_backward.once("norm_residual", grads, (grad_out, grad_y, *saved)), *(
             None,  # eps
             None,  # relu
             None,  # backend

@@ -37,13 +37,14 @@ class RefreshGates(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        features, gates, h, c, *weights = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: checkpointing computes it anew at every look
+        features, gates, h, c, *weights = saved
         *grads, grad_weights = BACKENDS[ctx.backend][1](
             grad, features, gates, h, c, weights, ctx.activation, ctx.of_context
         )
         needs = ctx.needs_input_grad[:4] + ctx.needs_input_grad[7:]
         grads = tuple(g if n else None for g, n in zip((*grads, *grad_weights), needs, strict=True))
-        grads = double_backward.once("refresh_gates", grads, (grad, *ctx.saved_tensors))
+        grads = double_backward.once("refresh_gates", grads, (grad, *saved))
         return (
             *grads[:4],
             None,  # activation
