@@ -1,7 +1,8 @@
 """Layer interaction inside a stage: a run of residual blocks with equal map size.
 
 A block offers ``branches(x) -> (residual branch, shortcut)`` and ``act``; its plain output is act(branch + shortcut).
-One that has ``output(x) -> (that output, its GAP, shortcut)`` saves layer attention a pass over the map.
+Layer-wise information integration also takes its ``drop_path``. One that has ``output(x) -> (that output, its GAP,
+shortcut)`` saves layer attention a pass over the map.
 """
 
 from collections.abc import Iterable
@@ -136,7 +137,7 @@ def create_stage(
     """Puts a layer interaction over a stage's blocks.
 
     Args:
-        blocks: the residual blocks, in order, each with ``branches`` and ``act``.
+        blocks: the residual blocks, in order, each with ``branches`` and ``act``, see :mod:`dla.stage`.
         channels: C of their outputs.
         interaction: None, "lii", "mrla_b", "mrla_l", "dla_b" or "dla_l".
         cell: "rnn", "lstm", "dia" or "dsu"; unused where nothing is refreshed (None, MRLA).

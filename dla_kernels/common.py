@@ -9,7 +9,7 @@ from torch import Tensor
 
 #: The choices for sigma, the function from the context c to the hidden state h (the paper's Table 5).
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda c: c,
+    "identity": torch.clone,  # a tensor of its own: compilers do not take one for two arguments
     "tanh": torch.tanh,
     "relu": torch.relu,
     "sigmoid": torch.sigmoid,
