@@ -24,10 +24,10 @@ class _LayerAttention(nn.Module):
         channels: C.
         head_dim: channels of a head; divides C.
         drop_path: probability of dropping a sample's attention output in training.
-        relu: whether a ReLU follows the BatchNorm.
+        relu: where a ReLU stands, see :func:`dla_kernels.norm_residual`.
     """
 
-    def __init__(self, channels: int, head_dim: int, drop_path: float, relu: bool):
+    def __init__(self, channels: int, head_dim: int, drop_path: float, relu: str | None):
         super().__init__()
         if head_dim < 1 or channels % head_dim:
             raise ValueError(f"`head_dim` must divide the {channels} channels, got {head_dim}")
@@ -56,7 +56,7 @@ class _LayerAttention(nn.Module):
         if self.training and self.drop_path:
             p = 1 - self.drop_path
             keep = torch.full((x.shape[0],), p, dtype=accumulate_dtype(x), device=x.device).bernoulli().div(p)
-        return add_norm(self.bn, x, o, mean, var, keep, "branch" if self.relu else None)
+        return add_norm(self.bn, x, o, mean, var, keep, self.relu)
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, drop_path={self.drop_path}"
@@ -66,7 +66,7 @@ class BaseLayerAttention(_LayerAttention):
     """A block's layer attention with a softmax over its stage's layers (MRLA-B, DLA-B; Eq. 2)."""
 
     def __init__(self, channels: int, head_dim: int = 32, drop_path: float = 0.0):
-        super().__init__(channels, head_dim, drop_path, relu=True)
+        super().__init__(channels, head_dim, drop_path, relu="branch")
 
     def forward(self, x: Tensor, y: Tensor, keys: Tensor, values: list[Tensor], gates: Tensor) -> Tensor:
         """Attends from the block's map over the T layers so far.
@@ -99,7 +99,7 @@ class LightLayerAttention(_LayerAttention):
     """
 
     def __init__(self, channels: int, head_dim: int = 32, drop_path: float = 0.0, carry: bool = True):
-        super().__init__(channels, head_dim, drop_path, relu=False)
+        super().__init__(channels, head_dim, drop_path, relu=None)
         self.register_parameter("lambda_", nn.Parameter(torch.randn(channels)) if carry else None)
 
     def forward(

@@ -74,3 +74,8 @@ def is_walkable(x: torch.Tensor) -> bool:
 def empty_map_like(x: torch.Tensor) -> torch.Tensor:
     """What the kernels allocate for an output map beside ``x``."""
     return torch.empty_like(x if is_walkable(x) else x.contiguous())
+
+
+def empty_dense_like(t: torch.Tensor) -> torch.Tensor:
+    """What the kernels allocate for a vector or a weight like ``t``: dense, whatever t's strides."""
+    return torch.empty_like(t, memory_format=torch.contiguous_format)

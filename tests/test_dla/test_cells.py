@@ -33,17 +33,21 @@ def test_parameter_counts(name, form, count):
     assert weights_of(create_cell(name, C, R, form or "joint")) == count
 
 
-def test_lstm_is_torch_lstm():
-    cell, torch_cell = create_cell("lstm", C).double(), nn.LSTMCell(C, C).double()
-    y, state = draw(cell, B)
+def take_weights(torch_cell, cell):
     torch_cell.load_state_dict(
         {
             "weight_ih": cell.input.weight,
             "weight_hh": cell.hidden.weight,
             "bias_ih": cell.input.bias,
-            "bias_hh": torch.zeros(4 * C, dtype=torch.float64),
+            "bias_hh": torch.zeros_like(cell.input.bias),
         }
     )
+
+
+def test_lstm_is_torch_lstm():
+    cell, torch_cell = create_cell("lstm", C).double(), nn.LSTMCell(C, C).double()
+    y, state = draw(cell, B)
+    take_weights(torch_cell, cell)
     for got, expected in zip(cell(y, state), torch_cell(y, tuple(state)), strict=True):
         assert_close(got, expected, 1e-14)
 
@@ -51,14 +55,7 @@ def test_lstm_is_torch_lstm():
 def test_rnn_is_torch_rnn():
     cell, torch_cell = create_cell("rnn", C).double(), nn.RNNCell(C, C).double()
     y, state = draw(cell, B)
-    torch_cell.load_state_dict(
-        {
-            "weight_ih": cell.input.weight,
-            "weight_hh": cell.hidden.weight,
-            "bias_ih": cell.input.bias,
-            "bias_hh": torch.zeros(C, dtype=torch.float64),
-        }
-    )
+    take_weights(torch_cell, cell)
     new = cell(y, state)
     assert_close(new.hidden, torch_cell(y, state.hidden), 1e-14)
     assert torch.equal(new.hidden, new.context)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dla_kernels import double_backward
-from dla_kernels.native import empty_map_like, library_ops
+from dla_kernels.native import empty_dense_like, empty_map_like, library_ops
 
 
 def fake_forward(q, k, values, gates, head_dim):
@@ -13,7 +13,7 @@ def fake_forward(q, k, values, gates, head_dim):
 
 def fake_backward(grad_o, grad_mean, grad_var, o, mean, q, k, values, gates, head_dim, need_values):
     return (
-        *(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, gates)),
+        *(empty_dense_like(t) for t in (q, k, gates)),
         [empty_map_like(o) for _ in values if need_values],
     )
 

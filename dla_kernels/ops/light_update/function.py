@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dla_kernels import double_backward
-from dla_kernels.native import empty_map_like, library_ops
+from dla_kernels.native import empty_dense_like, empty_map_like, library_ops
 
 
 def fake_forward(x, q, k, value_weight, carried, carry_scale, gate, carry_weight, head_dim):
@@ -16,7 +16,7 @@ def fake_backward(
     head_dim, need_x, need_carried,
 ):  # fmt: skip
     def like(t):
-        return q.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+        return q.new_empty(0) if t is None else empty_dense_like(t)
 
     return (
         empty_map_like(o) if need_x else o.new_empty(0),

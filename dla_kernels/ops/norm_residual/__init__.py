@@ -6,9 +6,7 @@ from dla_kernels.backend import choose
 from dla_kernels.checks import Checker
 from dla_kernels.common import accumulate_dtype
 from dla_kernels.ops.norm_residual import reference
-from dla_kernels.ops.norm_residual.function import NormResidual
-
-RELU = (None, "branch", "sum")
+from dla_kernels.ops.norm_residual.function import RELU, NormResidual
 
 
 def norm_residual(

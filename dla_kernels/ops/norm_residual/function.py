@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from dla_kernels import double_backward
-from dla_kernels.native import empty_map_like, library_ops
+from dla_kernels.native import empty_dense_like, empty_map_like, library_ops
 
-#: Where the ReLU stands, as the library ops count it.
+#: Where a ReLU may stand, as the library ops count the places.
 RELU = {None: 0, "branch": 1, "sum": 2}
 
 
@@ -22,7 +22,7 @@ def fake_backward(
     return (
         empty_map_like(o) if need_x else o.new_empty(0),
         empty_map_like(o) if need_o else o.new_empty(0),
-        *(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (mean, var, weight, bias)),
+        *(empty_dense_like(t) for t in (mean, var, weight, bias)),
         mean.new_empty(o.shape[0] if need_keep else 0),
     )
 

@@ -4,19 +4,15 @@ import torch
 from torch import Tensor
 
 from dla_kernels import double_backward
-from dla_kernels.native import library_ops
-
-
-def empty_like(t: Tensor) -> Tensor:
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
+from dla_kernels.native import empty_dense_like, library_ops
 
 
 def fake_forward(features, gates, h, c, weights, activation, of_context):
-    return empty_like(gates)
+    return empty_dense_like(gates)
 
 
 def fake_backward(grad, features, gates, h, c, weights, activation, of_context):
-    return *(empty_like(t) for t in (features, gates, h, c)), [empty_like(w) for w in weights]
+    return *(empty_dense_like(t) for t in (features, gates, h, c)), [empty_dense_like(w) for w in weights]
 
 
 #: {backend: (forward, backward)}
