@@ -5,8 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dla_kernels.batch_norm import BatchNorm
 from dla_kernels.common import ACTIVATIONS, accumulate_dtype
+from dla_kernels.dsu import DsuWeights
 
+#: What may gate a prior layer: the context of its step, or the hidden state.
+GATES = ("context", "hidden")
 MAP_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -50,26 +54,42 @@ class Checker:
         if not x.is_floating_point():
             self.fail(f"`{name}` must be floating point, got {x.dtype}")
 
-    def dsu_weights(self, weights: Sequence[Tensor]) -> None:
-        """The joint form's three tensors or the split form's eight, see :func:`dla_kernels.gap_dsu`."""
-        channels = self.dims["C"]
-        if len(weights) == 3:
-            layouts = (("w1", ("R", 2 * channels)), ("w2", (3 * channels, "R")), ("b2", (3 * channels,)))
-        elif len(weights) == 8:
-            layouts = tuple(
-                (f"{name}_{branch}", shape)
-                for branch, r in (("y", "Ry"), ("h", "Rh"))
-                for name, shape in (
-                    ("w1", (r, channels)),
-                    ("b1", (r,)),
-                    ("w2", (3 * channels, r)),
-                    ("b2", (3 * channels,)),
-                )
-            )
-        else:
+    def dsu_weights(self, weights: Sequence[Tensor] | DsuWeights) -> None:
+        """The joint form's three tensors or the split form's eight, or all of them packed."""
+        if isinstance(weights, DsuWeights):
+            channels = self.dims["C"]
+            if weights.channels != channels:
+                self.fail(f"`weights` must be for {channels} channels, got those for {weights.channels}")
+            self.weight("weights.packed", weights.packed, str(sum(torch.Size(s).numel() for s in weights.shapes)))
+            return
+        if len(weights) not in (3, 8):
             self.fail(f"`weights` must hold 3 tensors (joint form) or 8 (split form), got {len(weights)}")
-        for (name, shape), tensor in zip(layouts, weights, strict=True):
-            self.weight(f"weights.{name}", tensor, " ".join(map(str, shape)))
+        joint = len(weights) == 3
+        if "C" not in self.dims:  # no activation beside them: the last bias tells
+            self.dims["C"] = weights[-1].numel() // 3
+        names = ("w1", "w2", "b2") if joint else [f"{n}_{branch}" for branch in "yh" for n in ("w1", "b1", "w2", "b2")]
+        c = self.dims["C"]
+        layouts = (("R", 2 * c), (3 * c, "R"), (3 * c,)) if joint else (("R", c), ("R",), (3 * c, "R"), (3 * c,)) * 2
+        for name, layout, tensor in zip(names, layouts, weights, strict=True):
+            self.weight(f"weights.{name}", tensor, " ".join(map(str, layout)))
+
+    def batch_norm(self, norm: BatchNorm, values: int) -> None:
+        """A BatchNorm over C channels; ``values`` is what a channel has of the map it normalises."""
+        if not isinstance(norm, BatchNorm):
+            self.fail(f"`norm` must be a dla_kernels.BatchNorm, got {type(norm).__name__}")
+        running = norm.running_mean, norm.running_var
+        if not norm.training and None in running:
+            self.fail("`norm` must have running statistics where it is not training")
+        if norm.training and values == 1:
+            self.fail("BatchNorm in training needs more than one value per channel, got a batch of one pixel")
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            tensor = getattr(norm, name)
+            if tensor is not None or not name.startswith("running"):
+                self.weight(f"norm.{name}", tensor, "C")
+
+    def odd(self, name: str, dim: str) -> None:
+        if self.dims[dim] % 2 == 0:
+            self.fail(f"`{name}` must have an odd length, got {self.dims[dim]}")
 
     def heads(self, head_dim: int) -> None:
         channels = self.dims["C"]

@@ -64,11 +64,19 @@ def depthwise3x3(x: Tensor, weight: Tensor) -> Tensor:
 def moments(o: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each sample's channels: (B, C, H, W) -> two of (B, C).
 
-    The first is GAP(o), which the next block's gate reads; both together give BatchNorm its batch statistics
-    by the law of total variance, which loses no digits as a sum of squares would.
+    The first is GAP(o), which the next block's gate reads; both together give BatchNorm its batch statistics, see
+    :func:`merge_moments`.
     """
     var, mean = torch.var_mean(o, (2, 3), correction=0)
     return mean, var
+
+
+def merge_moments(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Batch statistics from each sample's: [B, C] twice -> [C] twice.
+
+    By the law of total variance, which loses no digits as a sum of squares would.
+    """
+    return mean.mean(0), var.mean(0) + mean.var(0, correction=0)
 
 
 def expand_heads(per_head: Tensor, head_dim: int) -> Tensor:

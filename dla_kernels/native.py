@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 
@@ -23,21 +24,26 @@ def _load() -> str | None:
 ERROR: str | None = _load()
 
 
-def library_ops(op: str, fake_forward: Callable, fake_backward: Callable) -> tuple[Callable, Callable]:
-    """The two library ops of ``op``, given what they return under FakeTensor.
+def library_ops(op: str, **fakes: Callable) -> SimpleNamespace:
+    """The library ops ``op_name`` of ``op`` by name, given for each what it returns under FakeTensor.
 
-    Without the native library the ops do not exist, and calling one says why.
+    Without the native library they do not exist, and calling one says why.
     """
+    ops = SimpleNamespace()
+    for name, fake in fakes.items():
+        setattr(ops, name, _library_op(f"{op}_{name}", fake))
+    return ops
+
+
+def _library_op(name: str, fake: Callable) -> Callable:
     if ERROR is not None:
 
         def missing(*args):
-            raise RuntimeError(f"{op}: {ERROR}")
+            raise RuntimeError(f"{name}: {ERROR}")
 
-        return missing, missing
-    for kind, fake in (("forward", fake_forward), ("backward", fake_backward)):
-        torch.library.register_fake(f"dla_kernels::{op}_{kind}", fake)
-    namespace = torch.ops.dla_kernels
-    return getattr(namespace, f"{op}_forward").default, getattr(namespace, f"{op}_backward").default
+        return missing
+    torch.library.register_fake(f"dla_kernels::{name}", fake)
+    return getattr(torch.ops.dla_kernels, name).default
 
 
 def build_info() -> dict[str, str]:

@@ -8,6 +8,7 @@ from helpers import dsu_weights
 from torch import Tensor
 
 import dla_kernels
+from dla_kernels import BatchNorm
 from dla_kernels.common import accumulate_dtype
 
 #: How a map lies in memory. The first two are walked as they are, like their slices; the rest goes through a copy.
@@ -38,35 +39,46 @@ def in_layout(x: Tensor, layout: str) -> Tensor:
 
 @dataclass
 class Call:
-    """A call of an op: ``function(*tensors, backend=...)`` -> a tuple of tensors."""
+    """A call of an op: ``function(*tensors, backend=...)`` -> a tuple of tensors.
+
+    Tensors named ``weights.0``, ``norm.weight`` and the like are given to the op as one sequence or BatchNorm. A call
+    of ``layer_attention`` is a stage of T layers, each attending to those before it.
+    """
 
     op: str
     tensors: dict[str, Tensor]
     options: dict = field(default_factory=dict)
+    training: bool = True
 
     def __call__(self, backend: str | None = None) -> tuple[Tensor, ...]:
         return self.function(*self.tensors.values(), backend=backend)
 
     def function(self, *tensors: Tensor, backend: str | None = None) -> tuple[Tensor, ...]:
         named = dict(zip(self.tensors, tensors, strict=True))
-        for group in ("weights", "values"):
-            members = [named.pop(name) for name in list(named) if name.startswith(f"{group}.")]
+        for group in ("weights", "values", "norm"):
+            members = {n.removeprefix(f"{group}."): named.pop(n) for n in list(named) if n.startswith(f"{group}.")}
             if members:
-                named[group] = members
+                named[group] = (
+                    BatchNorm(**members, training=self.training) if group == "norm" else [*members.values()]
+                )
+        if self.op == "layer_attention":
+            return stage(**named, **self.options, backend=backend)
         outputs = getattr(dla_kernels, self.op)(**named, **self.options, backend=backend)
-        if self.op == "norm_residual":
-            return outputs[:2]  # the others, its statistics, are detached
-        return outputs if isinstance(outputs, tuple) else (outputs,)
+        return tuple(o for o in outputs if o is not None) if isinstance(outputs, tuple) else (outputs,)
 
     def to_double(self) -> "Call":
         """The same call in float64, for the expected result."""
         doubled = {name: t.detach().double() for name, t in self.tensors.items()}
-        return Call(self.op, doubled, self.options).require_grad()
+        return Call(self.op, doubled, self.options, self.training).require_grad()
 
     def require_grad(self) -> "Call":
-        for tensor in self.tensors.values():
-            tensor.requires_grad_()
+        for name, tensor in self.tensors.items():
+            tensor.requires_grad_(not name.startswith("norm.running"))
         return self
+
+    @property
+    def differentiable(self) -> dict[str, Tensor]:
+        return {name: t for name, t in self.tensors.items() if t.requires_grad}
 
     def directions(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
         """What the outputs' gradients are multiplied with, the same at every call."""
@@ -77,9 +89,22 @@ class Call:
         """All outputs and all gradients by name."""
         outputs = self(backend)
         directions = self.directions(outputs) if directions is None else directions
-        grads = torch.autograd.grad(outputs, list(self.tensors.values()), directions)
+        grads = torch.autograd.grad(outputs, list(self.differentiable.values()), directions)
         named = {f"output {i}": o for i, o in enumerate(outputs)}
-        return named | {f"gradient of {name}": g for name, g in zip(self.tensors, grads, strict=True)}
+        return named | {f"gradient of {name}": g for name, g in zip(self.differentiable, grads, strict=True)}
+
+
+def stage(x, q, k, gates, values, norm, head_dim, backend, keep=None) -> tuple[Tensor, ...]:
+    """The outputs of a stage's T layers, given q, k, gates [B, T, C]."""
+    layers, outputs = [], []
+    for t, value in enumerate(values):
+        now = slice(0, t + 1)
+        out, layer = dla_kernels.layer_attention(
+            x, q[:, t], k[:, now], gates[:, now], value, layers, norm, keep, head_dim, len(values) - t - 1, backend
+        )
+        layers.append(layer)
+        outputs.append(out)
+    return tuple(outputs)
 
 
 def _maps(shape, dtype, layout):
@@ -91,37 +116,49 @@ def _vectors(dtype):
     return state, lambda *shape: torch.randn(shape, dtype=torch.float64).to(state)
 
 
-def norm_residual(B, C, H, W, dtype, layout="planes", other=None, statistics="samples", keep=False, relu=None) -> Call:
+def _norm(vector, C, statistics):
+    tensors = {"norm.weight": vector(C), "norm.bias": vector(C)}
+    if statistics == "running":
+        tensors |= {"norm.running_mean": vector(C), "norm.running_var": vector(C).square() + 0.1}
+    return tensors
+
+
+def _keep(B, state, keep):
+    return {"keep": torch.bernoulli(torch.full((B,), 0.5)).to(state) / 0.5} if keep else {}
+
+
+def norm_residual(B, C, H, W, dtype, layout="planes", other=None, statistics="own", keep=False, relu=None) -> Call:
     state, vector = _vectors(dtype)
     tensors = {"x": _maps((B, C, H, W), dtype, layout)(), "o": _maps((B, C, H, W), dtype, other or layout)()}
-    tensors |= {"weight": vector(C), "bias": vector(C)}
-    if statistics != "own":
-        shape = (B, C) if statistics == "samples" else (C,)
-        tensors |= {"mean": vector(*shape), "var": vector(*shape).square() + 0.1}
-    if keep:
-        tensors["keep"] = torch.bernoulli(torch.full((B,), 0.5)).to(state) / 0.5
-    return Call("norm_residual", tensors, {"relu": relu}).require_grad()
+    tensors |= _norm(vector, C, statistics) | _keep(B, state, keep)
+    return Call("norm_residual", tensors, {"relu": relu}, statistics == "own").require_grad()
 
 
-def light_update(B, C, H, W, dtype, layout="planes", other=None, carry="gate", head_dim=None) -> Call:
-    _, vector = _vectors(dtype)
-    tensors = {"x": _maps((B, C, H, W), dtype, layout)(), "q": vector(B, C), "k": vector(B, C)}
-    tensors["value_weight"] = vector(C, 1, 3, 3)
+def light_update(
+    B, C, H, W, dtype, layout="planes", other=None, carry="gate", head_dim=None, statistics="own", keep=False, K=3
+) -> Call:
+    state, vector = _vectors(dtype)
+    tensors = {"x": _maps((B, C, H, W), dtype, layout)(), "y": vector(B, C)}
+    tensors |= {"query_weight": vector(1, 1, K), "key_weight": vector(1, 1, K), "value_weight": vector(C, 1, 3, 3)}
+    tensors |= _norm(vector, C, statistics) | _keep(B, state, keep)
     if carry != "none":
         tensors |= {"carried": _maps((B, C, H, W), dtype, other or layout)(), "carry_scale": vector(C)}
     if "gate" in carry:
         tensors["gate"] = vector(B, C)
     if "filter" in carry:
         tensors["carry_weight"] = vector(C, 1, 3, 3)
-    return Call("light_update", tensors, {"head_dim": head_dim or C}).require_grad()
+    return Call("light_update", tensors, {"head_dim": head_dim or C}, statistics == "own").require_grad()
 
 
-def layer_attention(B, C, H, W, dtype, layout="planes", other=None, T=3, head_dim=None) -> Call:
-    _, vector = _vectors(dtype)
+def layer_attention(
+    B, C, H, W, dtype, layout="planes", other=None, T=3, head_dim=None, statistics="own", keep=False
+) -> Call:
+    state, vector = _vectors(dtype)
     first, rest = _maps((B, C, H, W), dtype, layout), _maps((B, C, H, W), dtype, other or layout)
-    tensors = {"q": vector(B, C), "k": vector(B, T, C), "gates": vector(B, T, C)}
+    tensors = {"x": first(), "q": vector(B, T, C), "k": vector(B, T, C), "gates": vector(B, T, C)}
     tensors |= {f"values.{m}": rest() if m else first() for m in range(T)}
-    return Call("layer_attention", tensors, {"head_dim": head_dim or C}).require_grad()
+    tensors |= _norm(vector, C, statistics) | _keep(B, state, keep)
+    return Call("layer_attention", tensors, {"head_dim": head_dim or C}, statistics == "own").require_grad()
 
 
 def _weights(form, C, dtype):
@@ -129,11 +166,16 @@ def _weights(form, C, dtype):
     return {f"weights.{i}": w for i, w in enumerate(weights)}
 
 
-def gap_dsu(B, C, H, W, dtype, layout="planes", other=None, form="joint", activation="sigmoid", pooled=False) -> Call:
+def gap_dsu(
+    B, C, H, W, dtype, layout="planes", other=None, form="joint", activation="sigmoid", pooled=False, carried=False,
+    gate="context",
+) -> Call:  # fmt: skip
     _, vector = _vectors(dtype)
     tensors = {"x": vector(B, C) if pooled else _maps((B, C, H, W), dtype, layout)()}
     tensors |= {"h": vector(B, C), "c": vector(B, C)} | _weights(form, C, dtype)
-    return Call("gap_dsu", tensors, {"activation": activation}).require_grad()
+    if carried:
+        tensors["carried"] = vector(B, C)
+    return Call("gap_dsu", tensors, {"activation": activation, "gate": gate}).require_grad()
 
 
 def refresh_gates(
@@ -158,13 +200,14 @@ def _rows(op: str, *rows: tuple) -> list:
 ROWS = [
     *_rows(
         "norm_residual",
-        ("eval statistics", (2, 16, 8, 8), {"statistics": "channels"}),
+        ("eval statistics", (2, 16, 8, 8), {"statistics": "running"}),
         ("relu", (2, 16, 8, 8), {"relu": "branch"}),  # DLA-B
-        ("own statistics", (3, 16, 8, 8), {"statistics": "own"}),
-        ("residual block", (3, 16, 8, 8), {"statistics": "own", "relu": "sum"}),
-        ("residual block, primes", (3, 13, 7, 11), {"statistics": "own", "relu": "sum", "keep": True}),
-        ("residual block in rows", (3, 13, 7, 11), {"layout": "rows", "statistics": "own", "relu": "sum"}),
-        ("residual block, runs of rows", (2, 48, 40, 40), {"layout": "rows", "statistics": "own", "relu": "sum"}),
+        ("training", (3, 16, 8, 8), {}),
+        ("residual block", (3, 16, 8, 8), {"relu": "sum"}),
+        ("residual block in eval", (3, 16, 8, 8), {"relu": "sum", "statistics": "running"}),
+        ("residual block, primes", (3, 13, 7, 11), {"relu": "sum", "keep": True}),
+        ("residual block in rows", (3, 13, 7, 11), {"layout": "rows", "relu": "sum"}),
+        ("residual block, runs of rows", (2, 48, 40, 40), {"layout": "rows", "relu": "sum"}),
         ("drop path", (5, 16, 8, 8), {"keep": True}),
         ("all of it", (5, 16, 8, 8), {"keep": True, "relu": "branch"}),
         ("primes", (3, 13, 7, 11), {"relu": "branch", "keep": True}),  # no size is a multiple of a vector
@@ -172,7 +215,7 @@ ROWS = [
         ("several runs of rows", (2, 48, 40, 40), {"layout": "rows"}),  # sums over runs are added
         ("one pixel", (4, 17, 1, 1), {}),
         ("one channel", (3, 1, 9, 9), {"relu": "branch"}),  # whose sums do not all but cancel
-        ("no sample", (0, 8, 4, 4), {"keep": True, "statistics": "channels"}),  # whose batch statistics would be NaN
+        ("no sample", (0, 8, 4, 4), {"keep": True, "statistics": "running"}),  # it has no statistics of its own
         ("planes sliced", (2, 16, 6, 6), {"layout": "planes sliced"}),
         ("rows sliced", (2, 16, 6, 6), {"layout": "rows sliced"}),
         ("mixed layouts", (2, 16, 6, 6), {"other": "rows"}),
@@ -186,6 +229,10 @@ ROWS = [
         ("gate", (2, 16, 8, 8), {"carry": "gate"}),  # DLA-L
         ("gate and filter", (2, 16, 8, 8), {"carry": "gate filter"}),  # DLA-L as released
         ("heads", (2, 48, 8, 8), {"head_dim": 16}),
+        ("drop path", (5, 16, 8, 8), {"keep": True}),
+        ("eval statistics", (2, 16, 8, 8), {"statistics": "running", "carry": "gate filter"}),
+        ("filters of five", (2, 16, 3, 3), {"K": 5, "head_dim": 4}),  # which reach beyond a head
+        ("filters longer than the channels", (2, 2, 3, 3), {"K": 5, "head_dim": 1}),
         ("wide rows", (2, 4, 5, 33), {"carry": "gate filter"}),  # a vector and one pixel over
         ("primes", (3, 13, 7, 11), {"carry": "gate filter"}),
         ("primes in rows", (3, 13, 7, 11), {"layout": "rows", "carry": "gate filter"}),
@@ -193,7 +240,7 @@ ROWS = [
         ("one pixel", (4, 17, 1, 1), {"carry": "gate filter"}),
         ("one row", (2, 8, 1, 9), {"carry": "gate filter"}),
         ("one column", (2, 8, 9, 1), {"layout": "rows", "carry": "gate filter"}),
-        ("no sample", (0, 8, 4, 4), {}),
+        ("no sample", (0, 8, 4, 4), {"statistics": "running"}),
         ("planes sliced", (2, 16, 6, 6), {"layout": "planes sliced"}),
         ("rows sliced", (2, 16, 6, 6), {"layout": "rows sliced", "carry": "gate filter"}),
         ("mixed layouts", (2, 16, 6, 6), {"layout": "rows", "other": "planes"}),
@@ -203,13 +250,15 @@ ROWS = [
         "layer_attention",
         ("one layer", (2, 16, 8, 8), {"T": 1}),  # the softmax is 1, and its gradient 0
         ("heads", (2, 48, 8, 8), {"head_dim": 16}),
+        ("drop path", (5, 16, 8, 8), {"keep": True}),
+        ("eval statistics", (2, 16, 8, 8), {"statistics": "running"}),
         ("deep stage", (2, 8, 4, 4), {"T": 36}),  # the third stage of ResNet-152
         ("primes", (3, 13, 7, 11), {}),
         ("primes in rows", (3, 13, 7, 11), {"layout": "rows"}),
         ("several runs of rows", (2, 48, 40, 40), {"layout": "rows"}),
         ("one pixel", (4, 17, 1, 1), {}),
         ("one channel", (3, 1, 9, 9), {}),
-        ("no sample", (0, 8, 4, 4), {}),
+        ("no sample", (0, 8, 4, 4), {"statistics": "running"}),
         ("planes sliced", (2, 16, 6, 6), {"layout": "planes sliced"}),
         ("rows sliced", (2, 16, 6, 6), {"layout": "rows sliced"}),
         ("mixed layouts", (2, 16, 6, 6), {"other": "rows"}),
@@ -224,13 +273,16 @@ ROWS = [
         ("tanh", (3, 16, 8, 8), {"activation": "tanh"}),
         ("relu", (3, 16, 8, 8), {"activation": "relu"}),
         ("GAP given", (3, 16, 8, 8), {"pooled": True}),
+        ("gate of the carry", (3, 16, 8, 8), {"carried": True}),
+        ("hidden gate, split", (3, 16, 8, 8), {"carried": True, "gate": "hidden", "form": "split", "pooled": True}),
+        ("hidden relu gate", (3, 16, 8, 8), {"carried": True, "gate": "hidden", "activation": "relu"}),
         ("primes", (7, 37, 5, 3), {"form": "split"}),
         ("primes in rows", (7, 37, 5, 3), {"layout": "rows"}),
         ("several runs of rows", (2, 48, 40, 40), {"layout": "rows"}),
         ("wide", (5, 132, 3, 3), {}),
         ("one pixel", (4, 17, 1, 1), {}),
         ("two channels", (3, 2, 9, 9), {"form": "split"}),
-        ("no sample", (0, 8, 4, 4), {}),
+        ("no sample", (0, 8, 4, 4), {"carried": True}),
         ("rows sliced", (2, 16, 6, 6), {"layout": "rows sliced"}),
         ("expanded", (2, 16, 6, 5), {"layout": "expanded"}),
     ),
@@ -253,7 +305,7 @@ ROWS = [
 
 #: One plain call of every op.
 TYPICAL = {
-    "gap_dsu": partial(gap_dsu, 4, 16, 8, 8),
+    "gap_dsu": partial(gap_dsu, 4, 16, 8, 8, carried=True),
     "layer_attention": partial(layer_attention, 4, 16, 8, 8, head_dim=8),
     "light_update": partial(light_update, 4, 16, 8, 8, carry="gate filter", head_dim=8),
     "norm_residual": partial(norm_residual, 4, 16, 8, 8, keep=True, relu="branch"),

@@ -7,16 +7,25 @@ from dla_kernels import double_backward
 from dla_kernels.native import empty_dense_like, library_ops
 
 
-def fake_forward(x, h, c, weights, activation):
-    return empty_dense_like(h), empty_dense_like(h), empty_dense_like(c)
+def fake_forward(x, h, c, carried, weights, joint, activation, of_context):
+    return (
+        h.new_empty(h.shape if x.dim() == 4 else 0),
+        empty_dense_like(h),
+        empty_dense_like(c),
+        h.new_empty(0 if carried is None else h.shape),
+    )
 
 
-def fake_backward(grad_y, grad_h, grad_c, y, h, c, weights, activation):
-    return empty_dense_like(y), empty_dense_like(h), empty_dense_like(c), [empty_dense_like(w) for w in weights]
+def fake_backward(grad_y, grad_h, grad_c, grad_gate, y, h, c, carried, weights, joint, activation, of_context):
+    return (
+        *(empty_dense_like(t) for t in (y, h, c)),
+        h.new_empty(0 if carried is None else h.shape),
+        empty_dense_like(weights),
+    )
 
 
-#: {backend: (forward, backward)}
-BACKENDS = {"native": library_ops("gap_dsu", fake_forward, fake_backward)}
+#: {backend: its ops}
+BACKENDS = {"native": library_ops("gap_dsu", forward=fake_forward, backward=fake_backward)}
 
 
 class GapDsu(torch.autograd.Function):
@@ -24,31 +33,30 @@ class GapDsu(torch.autograd.Function):
     written out."""
 
     @staticmethod
-    def forward(x, h, c, activation, backend, *weights):
-        return BACKENDS[backend][0](x, h, c, weights, activation)
+    def forward(x, h, c, carried, weights, joint, activation, of_context, backend):
+        return BACKENDS[backend].forward(x, h, c, carried, weights, joint, activation, of_context)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, h, c, ctx.activation, ctx.backend, *weights = inputs
+        x, h, c, carried, weights, *ctx.options, ctx.backend = inputs
         ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[0], h, c, *weights)
+        ctx.save_for_backward(output[0] if x.dim() == 4 else x, h, c, carried, weights)
 
     @staticmethod
-    def backward(ctx, grad_y: Tensor | None, grad_h: Tensor | None, grad_c: Tensor | None):
-        saved = ctx.saved_tensors  # once: checkpointing computes it anew at every look
-        y, h, c, *weights = saved
-        grad_x, *grads, grad_weights = BACKENDS[ctx.backend][1](
-            grad_y, grad_h, grad_c, y, h, c, weights, ctx.activation
-        )
+    def backward(ctx, *grad_outputs: Tensor | None):
+        y, h, c, carried, weights = saved = ctx.saved_tensors  # once: checkpointing computes it anew at every look
+        if len(ctx.shape) == 2:  # y was not an output, but the argument itself
+            grad_outputs = (None, *grad_outputs[1:])
+        if carried is None:
+            grad_outputs = (*grad_outputs[:3], None)
+        grad_x, *grads = BACKENDS[ctx.backend].backward(*grad_outputs, y, h, c, carried, weights, *ctx.options)
         if len(ctx.shape) == 4:
             grad_x = grad_x.div(ctx.shape[2] * ctx.shape[3]).to(ctx.dtype)[..., None, None].expand(ctx.shape)
-        needs = ctx.needs_input_grad[:3] + ctx.needs_input_grad[5:]
-        grads = tuple(g if n else None for g, n in zip((grad_x, *grads, *grad_weights), needs, strict=True))
-        grads = double_backward.once("gap_dsu", grads, (grad_y, grad_h, grad_c, *saved))
-        return (
-            *grads[:3],
+        grads = tuple(g if n else None for g, n in zip((grad_x, *grads), ctx.needs_input_grad[:5], strict=True))
+        return *double_backward.once("gap_dsu", grads, (*grad_outputs, *saved)), *(
+            None,  # joint
             None,  # activation
+            None,  # of_context
             None,  # backend
-            *grads[3:],
         )

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dla_kernels.common import ACTIVATIONS, gap, without_autocast
+from dla_kernels.dsu import DsuWeights
 
 
 @without_autocast
@@ -14,11 +15,11 @@ def dsu(
     y: Tensor,  # [..., C]
     h: Tensor,  # [..., C]
     c: Tensor,  # [..., C]
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor] | DsuWeights,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """One step of the Dynamic Sharing Unit (Eq. 7, 8, 9): the new hidden state and context, both [..., C]."""
-    weights = [w.to(y.dtype) for w in weights]
+    weights = [w.to(y.dtype) for w in (weights.unpack() if isinstance(weights, DsuWeights) else weights)]
     if len(weights) == 3:
         w1, w2, b2 = weights
         s = torch.relu(F.linear(torch.cat([h, y], dim=-1), w1))
@@ -37,8 +38,14 @@ def gap_dsu(
     x: Tensor,  # [B, C, H, W] or [B, C]
     h: Tensor,  # [B, C]
     c: Tensor,  # [B, C]
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor] | DsuWeights,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    carried: Tensor | None,  # [B, C]
+    gate: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     y = gap(x) if x.dim() == 4 else x
-    return y, *dsu(y, h, c, weights, activation)
+    h, c = dsu(y, h, c, weights, activation)
+    if carried is None:
+        return y, h, c, None
+    hidden, context = dsu(carried, h, c, weights, activation)
+    return y, h, c, context if gate == "context" else hidden

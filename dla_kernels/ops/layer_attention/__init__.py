@@ -2,59 +2,99 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from dla_kernels.backend import choose
+from dla_kernels.batch_norm import BatchNorm
 from dla_kernels.checks import Checker
+from dla_kernels.common import accumulate_dtype
 from dla_kernels.ops.layer_attention import reference
-from dla_kernels.ops.layer_attention.function import LayerAttention
+from dla_kernels.ops.layer_attention.function import Layer, attend, folded
+from dla_kernels.ops.norm_residual.function import count_of, keep_books
 
 
 def layer_attention(
+    x: Tensor,  # [B, C, H, W]
     q: Tensor,  # [B, C]
     k: Tensor,  # [B, T, C]
-    values: Sequence[Tensor],  # T of [B, C, H, W]
     gates: Tensor,  # [B, T, C]
+    value: Tensor,  # [B, C, H, W]
+    prior: Sequence[Layer],
+    norm: BatchNorm,
+    keep: Tensor | None = None,  # [B]
     head_dim: int = 32,
+    followers: int = 0,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attends over the layers of a stage (Eq. 2) with the gates folded into the attention weights.
+) -> tuple[Tensor, Layer]:
+    """Attends over the layers of a stage with the gates folded in, and adds the result to the layer's map (Eq. 2).
 
     A gate is constant over H and W and commutes with the depthwise convolution that made the value map, so the
     refreshed maps x * d are never written. ::
 
         a[b, m, head] = softmax over m of  sum over the head's channels of q k^m / sqrt(head_dim)
         o[b, c] = sum over m of  a[b, m, head(c)] gates[b, m, c] values^m[b, c]
+        out = x + keep * ReLU(BatchNorm(o))
 
-    Bytes: reads each of the T value maps once, writes ``o`` once.
+    The gradient of a value map is one weighted sum over the layers that read it, taken where the map was made: not
+    one map-sized addition for each of them.
+    Bytes: reads the T value maps once, writes ``o``, reads it and ``x``, writes ``out``; in inference BatchNorm folds
+    and ``o`` is not written.
 
     Args:
-        q: [B, C] the layer's query, in the state's dtype.
-        k: [B, T, C] the refreshed keys of the T layers.
-        values: T value maps [B, C, H, W] as they were first computed, of one dtype.
-        gates: [B, T, C] cumulative gates of the T layers, 1 for the current one.
+        x: [B, C, H, W] the layer's map.
+        q: [B, C] its query, in the state's dtype.
+        k: [B, T, C] the refreshed keys of the T layers, its own the last.
+        gates: [B, T, C] cumulative gates of the T layers, 1 for its own.
+        value: [B, C, H, W] its own value map.
+        prior: what this op returned for the T - 1 layers before, in order.
+        norm: the BatchNorm of ``o``; its running statistics are updated in training.
+        keep: [B] drop path's factor of each sample, 0 or 1 / (1 - rate), in the state's dtype; none keeps all.
         head_dim: channels of a head; divides C.
+        followers: how many later layers may attend to this one where gradients are taken.
         backend: see :mod:`dla_kernels.backend`.
 
     Returns:
-        o [B, C, H, W] in the maps' dtype, and for every sample and channel o's mean and biased variance over H, W,
-        [B, C] each in the state's dtype.
+        out [B, C, H, W] in x's dtype, and the layer as later ones take it.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, no value map, or no such backend.
+        ValueError: a shape, dtype or device that does not fit, a prior layer that was made for fewer followers, a
+            single value per channel in training, or no such backend.
         RuntimeError: the backend asked for cannot run.
     """
     check = Checker("layer_attention")
-    if not values:
-        check.fail("`values` must hold the map of at least one layer, got none")
-    for m, value in enumerate(values):
-        check.map(f"values[{m}]", value)
-    check.dims["T"] = len(values)
+    check.map("x", x)
+    check.map("value", value)
+    for m, layer in enumerate(prior):
+        if not isinstance(layer, Layer):
+            check.fail(f"`prior[{m}]` must be a layer as layer_attention returns it, got {type(layer).__name__}")
+        check.map(f"prior[{m}]", layer.value)
+    check.dims["T"] = len(prior) + 1
     check.state("q", q, "B C")
     check.state("k", k, "B T C")
     check.state("gates", gates, "B T C")
+    check.batch_norm(norm, count_of(x))
     check.heads(head_dim)
+    if keep is not None:
+        check.state("keep", keep, "B")
+    if followers < 0:
+        check.fail(f"`followers` must be at least 0, got {followers}")
     chosen = choose(q.device, backend)
+    norm = norm.to(accumulate_dtype(x))
     if chosen == "reference":
-        return reference.layer_attention(q, k, values, gates, head_dim)
-    return LayerAttention.apply(q, k, gates, head_dim, chosen, *values)
+        out, mean, var, share = reference.layer_attention(
+            x, q, k, gates, [*(layer.value for layer in prior), value], norm, keep, head_dim
+        )
+        layer = Layer(value)
+    elif not (norm.training or torch.is_grad_enabled()) and keep is None:
+        return folded(x, q, k, gates, value, prior, norm, head_dim, chosen), Layer(value)
+    else:
+        recording = torch.is_grad_enabled()
+        for m, earlier in enumerate(prior):
+            if recording and earlier.value.requires_grad and len(prior) - m > len(earlier.handles):
+                check.fail(f"`prior[{m}]` was made for {len(earlier.handles)} followers, this is number {len(prior) - m}")
+        out, layer, mean, var, share = attend(
+            x, q, k, gates, value, prior, norm, keep, head_dim, followers if recording else 0, chosen
+        )
+    keep_books(norm, mean, var, count_of(x), share, chosen)
+    return out, layer

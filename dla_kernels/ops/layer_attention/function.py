@@ -1,58 +1,176 @@
 """``layer_attention`` with its gradient, over the fused backends."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from dla_kernels import double_backward
+from dla_kernels.batch_norm import BatchNorm, gradient_sums
 from dla_kernels.native import empty_dense_like, empty_map_like, library_ops
+from dla_kernels.ops.norm_residual import function as norm_residual
+
+
+class Handle(NamedTuple):
+    """The edge of the graph by which a later layer hands an earlier one its part of the value map's gradient.
+
+    That gradient is an outer product, weights [B, C] times a map, and it travels in its two factors: no map is written
+    for it. Both tensors only stand for the factors' shapes and take no memory.
+    """
+
+    grad: Tensor  # [B, C, H, W]
+    weights: Tensor  # [B, T, C], T layers up to the later one
+
+
+class Layer(NamedTuple):
+    """A layer of a stage, as later layers attend to it.
+
+    Attributes:
+        value: [B, C, H, W] its value map.
+        handles: one for each later layer, in order; none where no gradients are taken.
+    """
+
+    value: Tensor
+    handles: tuple[Handle, ...] = ()
 
 
 def fake_forward(q, k, values, gates, head_dim):
     return empty_map_like(values[0]), torch.empty_like(q), torch.empty_like(q)
 
 
-def fake_backward(grad_o, grad_mean, grad_var, o, mean, q, k, values, gates, head_dim, need_values):
+def fake_folded(q, k, values, gates, x, mean, var, weight, bias, eps, head_dim):
+    return empty_map_like(x)
+
+
+def fake_backward(
+    grad_out, o, mean, var, weight, bias, sum_weight, sum_bias, keep, eps, count, q, k, values, gates, later_grads,
+    later_weights, head_dim, need_value,
+):  # fmt: skip
     return (
         *(empty_dense_like(t) for t in (q, k, gates)),
-        [empty_map_like(o) for _ in values if need_values],
+        empty_map_like(o),
+        empty_dense_like(gates),
+        empty_map_like(o) if need_value else o.new_empty(0),
     )
 
 
-#: {backend: (forward, backward)}
-BACKENDS = {"native": library_ops("layer_attention", fake_forward, fake_backward)}
+#: Where the ReLU stands, as norm_residual's library ops count the places.
+RELU = norm_residual.RELU["branch"]
+
+#: {backend: its ops}
+BACKENDS = {
+    "native": library_ops("layer_attention", forward=fake_forward, folded=fake_folded, backward=fake_backward)
+}  # fmt: skip
+
+
+def folded(
+    x: Tensor, q: Tensor, k: Tensor, gates: Tensor, value: Tensor, prior: Sequence[Layer], norm: BatchNorm,
+    head_dim: int, backend: str,
+) -> Tensor:  # fmt: skip
+    """The op without gradients and with constant statistics: one pass."""
+    values = [*(layer.value for layer in prior), value]
+    return BACKENDS[backend].folded(
+        q, k, values, gates, x, *norm.constants, norm.weight, norm.bias, norm.eps, head_dim
+    )  # fmt: skip
+
+
+def attend(
+    x: Tensor, q: Tensor, k: Tensor, gates: Tensor, value: Tensor, prior: Sequence[Layer], norm: BatchNorm,
+    keep: Tensor | None, head_dim: int, followers: int, backend: str,
+) -> tuple[Tensor, Layer, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """The op under autograd: its output, its layer, and what is said of the statistics."""
+    handles = [layer.handles[len(prior) - m - 1] for m, layer in enumerate(prior) if layer.handles]  # else no gradient
+    out, mean, var, share, *edges = LayerAttention.apply(
+        x, q, k, gates, value, norm.weight, norm.bias, keep, *norm.constants, norm.eps, head_dim, norm.group,
+        followers, backend, len(prior), *(layer.value for layer in prior), *(t for handle in handles for t in handle),
+    )  # fmt: skip
+    made = tuple(Handle(*edges[i : i + 2]) for i in range(0, len(edges), 2))
+    return out, Layer(value, made), mean, var, share
 
 
 class LayerAttention(torch.autograd.Function):
-    """Saves the value maps, which a stage shares, ``o`` and vectors. The value maps get their gradients all or none."""
+    """Saves the value maps, which a stage shares, ``o`` and vectors.
+
+    Only the layer's own value map gets its gradient here. The prior ones' part leaves by their handles as two factors,
+    and what came by the handles that this layer gave to later ones is added up with its own part in one pass.
+    """
 
     @staticmethod
-    def forward(q, k, gates, head_dim, backend, *values):
-        return BACKENDS[backend][0](q, k, values, gates, head_dim)
+    def forward(
+        x, q, k, gates, value, weight, bias, keep, mean, var, eps, head_dim, group, followers, backend, prior, *rest
+    ):  # fmt: skip
+        o, o_mean, o_var = BACKENDS[backend].forward(q, k, (*rest[:prior], value), gates, head_dim)
+        ops, share = norm_residual.BACKENDS[backend], None
+        if mean is None:
+            mean, var = o_mean, o_var
+            if group is not None:
+                mean, var, share = norm_residual.across(group, o_mean, o_var, norm_residual.count_of(x))
+        out, _, mean, var = ops.forward(x, o, mean, var, weight, bias, keep, eps, RELU)
+        batch, layers, channels = k.shape
+        edges = [
+            edge
+            for later in range(followers)
+            for edge in (
+                value.new_empty(1).expand(value.shape),
+                q.new_empty(1).expand(batch, layers + later + 1, channels),
+            )
+        ]
+        return out, mean, var, share, o, *edges
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, gates, ctx.head_dim, ctx.backend, *values = inputs
-        o, mean, _ = output
+        (
+            _, q, k, gates, value, weight, bias, keep, constant, _, ctx.eps, ctx.head_dim, ctx.group, _, ctx.backend,
+            ctx.prior, *rest,
+        ) = inputs  # fmt: skip
+        _, mean, var, share, o, *_ = output
+        ctx.mark_non_differentiable(*(t for t in (mean, var, share, o) if t is not None))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(o, mean, q, k, gates, *values)
+        ctx.own_statistics = constant is None
+        ctx.handles = (len(rest) - ctx.prior) // 2
+        ctx.save_for_backward(o, mean, var, share, weight, bias, keep, q, k, gates, *rest[: ctx.prior], value)
 
     @staticmethod
-    def backward(ctx, grad_o: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None):
+    def backward(ctx, grad_out: Tensor | None, _mean, _var, _share, _o, *edges: Tensor | None):
         saved = ctx.saved_tensors  # once: checkpointing computes it anew at every look
-        o, mean, q, k, gates, *values = saved
-        if grad_o is None:
-            grad_o = torch.zeros_like(o)
-        needs = ctx.needs_input_grad[:3] + ctx.needs_input_grad[5:]
-        *grads, grad_values = BACKENDS[ctx.backend][1](
-            grad_o, grad_mean, grad_var, o, mean,
-            q, k, values, gates, ctx.head_dim, any(needs[3:]),
+        o, mean, var, share, weight, bias, keep, q, k, gates, *values = saved
+        if grad_out is None:
+            grad_out = torch.zeros_like(o)
+        later_grads = [g for g in edges[::2] if g is not None]
+        later_weights = [w for w in edges[1::2] if w is not None]
+        need_x, need_q, need_k, need_gates, need_value, need_weight, need_bias, need_keep = ctx.needs_input_grad[:8]
+        shared = mean, var, weight, bias
+        grad_weight, grad_bias, grad_keep = norm_residual.BACKENDS[ctx.backend].sums(
+            grad_out, None, o, None, *shared, keep, ctx.eps, RELU, need_keep
+        )
+        sums = gradient_sums(ctx.group, share, grad_weight, grad_bias) if ctx.own_statistics else (None, None)
+        grad_q, grad_k, grad_gates, grad_o, weights, grad_value = BACKENDS[ctx.backend].backward(
+            grad_out, o, *shared, *sums, keep, ctx.eps, norm_residual.count_of(o), q, k, values, gates, later_grads,
+            later_weights, ctx.head_dim, need_value,
         )  # fmt: skip
-        grads += grad_values or [None] * len(values)
-        grads = tuple(g if need else None for g, need in zip(grads, needs, strict=True))
-        grads = double_backward.once("layer_attention", grads, (grad_o, grad_mean, grad_var, *saved))
+        grads = (
+            grad_out if need_x else None,
+            grad_q if need_q else None,
+            grad_k if need_k else None,
+            grad_gates if need_gates else None,
+            grad_value if need_value else None,
+            grad_weight if need_weight else None,
+            grad_bias if need_bias else None,
+            grad_keep if need_keep else None,
+        )
+        factors = (grad_o, weights) * ctx.handles
+        grads = double_backward.once("layer_attention", (*grads, *factors), (grad_out, *edges, *saved))
         return (
-            *grads[:3],
+            *grads[:8],
+            None,  # mean
+            None,  # var
+            None,  # eps
             None,  # head_dim
+            None,  # group
+            None,  # followers
             None,  # backend
-            *grads[3:],
+            None,  # prior
+            *(None for _ in range(ctx.prior)),  # the prior value maps: by their handles
+            *grads[8:],
         )

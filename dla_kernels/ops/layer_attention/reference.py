@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dla_kernels.common import accumulate_dtype, expand_heads, moments
+from dla_kernels.batch_norm import BatchNorm
+from dla_kernels.common import accumulate_dtype, expand_heads
+from dla_kernels.ops.norm_residual.reference import norm_residual
 
 
 def attention_weights(
@@ -18,14 +20,19 @@ def attention_weights(
 
 
 def layer_attention(
+    x: Tensor,  # [B, C, H, W]
     q: Tensor,  # [B, C]
     k: Tensor,  # [B, T, C]
-    values: Sequence[Tensor],  # T of [B, C, H, W]
     gates: Tensor,  # [B, T, C]
+    values: Sequence[Tensor],  # T of [B, C, H, W]
+    norm: BatchNorm,
+    keep: Tensor | None,  # [B]
     head_dim: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The block's output; then what :func:`norm_residual` says of the statistics."""
     weights = expand_heads(attention_weights(q, k, head_dim), head_dim) * gates
-    dtype = accumulate_dtype(values[0])
+    dtype = accumulate_dtype(x)
     # One product a layer, not a stack of maps: autograd then keeps each value map once, however many layers read it.
     o = sum(w[..., None, None] * v.to(dtype) for w, v in zip(weights.unbind(1), values, strict=True))
-    return o.to(values[0].dtype), *moments(o)
+    out, _, *statistics = norm_residual(x, o, norm, keep, relu="branch")
+    return out, *statistics

@@ -1,61 +1,77 @@
 """``light_update``: the recurrent form of layer attention (DLA-L)."""
 
+import torch
 from torch import Tensor
 
 from dla_kernels.backend import choose
+from dla_kernels.batch_norm import BatchNorm
 from dla_kernels.checks import Checker
 from dla_kernels.common import accumulate_dtype
 from dla_kernels.ops.light_update import reference
-from dla_kernels.ops.light_update.function import LightUpdate
+from dla_kernels.ops.light_update.function import LightUpdate, folded
+from dla_kernels.ops.norm_residual.function import count_of, keep_books
 
 
 def light_update(
     x: Tensor,  # [B, C, H, W]
-    q: Tensor,  # [B, C]
-    k: Tensor,  # [B, C]
+    y: Tensor,  # [B, C]
+    query_weight: Tensor,  # [1, 1, K]
+    key_weight: Tensor,  # [1, 1, K]
     value_weight: Tensor,  # [C, 1, 3, 3]
+    norm: BatchNorm,
     carried: Tensor | None = None,  # [B, C, H, W]
     carry_scale: Tensor | None = None,  # [C]
     gate: Tensor | None = None,  # [B, C]
     carry_weight: Tensor | None = None,  # [C, 1, 3, 3]
+    keep: Tensor | None = None,  # [B]
     head_dim: int = 32,
+    need_o: bool = True,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Adds a layer's attention to the gated carry of the layers before it (Eq. 3).
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Adds a layer's attention to the gated carry of the layers before it, and the sum to the layer's map (Eq. 3).
 
     ::
 
-        o = sigmoid(q k^T / sqrt(head_dim)) V + carry_scale * (carried * gate + depthwise3x3(carried, carry_weight))
-        V = depthwise3x3(x, value_weight)
+        Q = conv1d(y, query_weight),  K = conv1d(y, key_weight),  V = depthwise3x3(x, value_weight)
+        o = sigmoid(Q K^T / sqrt(head_dim)) V + carry_scale * (carried * gate + depthwise3x3(carried, carry_weight))
+        out = x + keep * BatchNorm(o)
 
-    A softmax over one key would be 1, so the attention is a sigmoid for each head.
-    Bytes: reads ``x`` and ``carried`` once, writes ``o`` once.
+    A softmax over one key would be 1, so the attention is a sigmoid for each head. The value map is never written.
+    Bytes: in training reads ``x`` twice and ``carried`` once, writes ``o``, reads it, writes ``out``. In inference
+    BatchNorm folds: ``x`` and ``carried`` are read once, ``out`` and, where it is needed, ``o`` are written.
 
     Args:
         x: [B, C, H, W] the layer's map.
-        q, k: [B, C] its query and key, in the state's dtype.
+        y: [B, C] its GAP, in the state's dtype.
+        query_weight, key_weight: [1, 1, K] filters along the channels, K odd, zero-padded at both ends.
         value_weight: [C, 1, 3, 3] filter of the value map.
+        norm: the BatchNorm of ``o``; its running statistics are updated in training.
         carried: [B, C, H, W] what is carried from the layers before; none at a stage's first layer.
         carry_scale: [C] lambda; goes with ``carried``.
         gate: [B, C] the dynamic gate d of ``carried``; none leaves it as it is (MRLA-light).
         carry_weight: [C, 1, 3, 3] filter of the term depthwise3x3(carried); none leaves the term out.
+        keep: [B] drop path's factor of each sample, 0 or 1 / (1 - rate), in the state's dtype; none keeps all.
         head_dim: channels of a head; divides C.
+        need_o: whether ``o`` itself is needed, as what the next layer carries. Inference then writes it.
         backend: see :mod:`dla_kernels.backend`.
 
     Returns:
-        o [B, C, H, W] in x's dtype, and for every sample and channel o's mean and biased variance over H, W,
-        [B, C] each in the state's dtype.
+        out [B, C, H, W] in x's dtype and its GAP [B, C] in the state's dtype; o [B, C, H, W], None where it is not
+        needed, and its GAP [B, C].
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, an argument of the carry without ``carried``, or no
-            such backend.
+        ValueError: a shape, dtype or device that does not fit, an argument of the carry without ``carried``, a single
+            value per channel in training, or no such backend.
         RuntimeError: the backend asked for cannot run.
     """
     check = Checker("light_update")
     check.map("x", x)
-    check.state("q", q, "B C")
-    check.state("k", k, "B C")
+    check.state("y", y, "B C")
+    check.weight("query_weight", query_weight, "1 1 K")
+    check.weight("key_weight", key_weight, "1 1 K")
+    check.odd("query_weight", "K")
     check.weight("value_weight", value_weight, "C 1 3 3")
+    check.batch_norm(norm, count_of(x))
     check.heads(head_dim)
     if carried is None:
         for name, value in (("carry_scale", carry_scale), ("gate", gate), ("carry_weight", carry_weight)):
@@ -68,10 +84,23 @@ def light_update(
             check.state("gate", gate, "B C")
         if carry_weight is not None:
             check.weight("carry_weight", carry_weight, "C 1 3 3")
+    if keep is not None:
+        check.state("keep", keep, "B")
     chosen = choose(x.device, backend)
+    dtype = accumulate_dtype(x)
+    norm = norm.to(dtype)
+    query_weight, key_weight, value_weight, carry_scale, carry_weight = (
+        None if w is None else w.to(dtype)
+        for w in (query_weight, key_weight, value_weight, carry_scale, carry_weight)
+    )  # fmt: skip
+    attention = x, y, query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight
     if chosen == "reference":
-        return reference.light_update(x, q, k, value_weight, carried, carry_scale, gate, carry_weight, head_dim)
-    value_weight, carry_scale, carry_weight = (
-        None if w is None else w.to(accumulate_dtype(x)) for w in (value_weight, carry_scale, carry_weight)
-    )
-    return LightUpdate.apply(x, q, k, value_weight, carried, carry_scale, gate, carry_weight, head_dim, chosen)
+        out, out_mean, o, o_mean, mean, var, share = reference.light_update(*attention, norm, keep, head_dim)
+    elif not (norm.training or torch.is_grad_enabled()) and keep is None:
+        return folded(*attention, norm, head_dim, need_o, chosen)
+    else:
+        out, out_mean, o, o_mean, mean, var, share = LightUpdate.apply(
+            *attention, norm.weight, norm.bias, keep, *norm.constants, norm.eps, head_dim, norm.group, chosen
+        )
+    keep_books(norm, mean, var, count_of(x), share, chosen)
+    return out, out_mean, o if need_o else None, o_mean

@@ -4,68 +4,119 @@ import torch
 from torch import Tensor
 
 from dla_kernels import double_backward
+from dla_kernels.batch_norm import BatchNorm, gradient_sums
 from dla_kernels.native import empty_dense_like, empty_map_like, library_ops
+from dla_kernels.ops.norm_residual import function as norm_residual
 
 
-def fake_forward(x, q, k, value_weight, carried, carry_scale, gate, carry_weight, head_dim):
-    return empty_map_like(x), q.new_empty(x.shape[:2]), q.new_empty(x.shape[:2])
+def fake_forward(
+    x, y, query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight, head_dim
+):  # fmt: skip
+    return empty_map_like(x), y.new_empty(x.shape[:2]), y.new_empty(x.shape[:2])
+
+
+def fake_folded(
+    x, y, query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight, mean, var, weight,
+    bias, eps, head_dim, need_o,
+):  # fmt: skip
+    o = empty_map_like(x) if need_o else x.new_empty(0)
+    return empty_map_like(x), y.new_empty(x.shape[:2]), o, y.new_empty(x.shape[:2])
 
 
 def fake_backward(
-    grad_o, grad_mean, grad_var, o, mean, x, q, k, value_weight, carried, carry_scale, gate, carry_weight,
-    head_dim, need_x, need_carried,
+    grad_out, grad_out_mean, grad_o, grad_o_mean, o, mean, var, weight, sum_weight, sum_bias, keep, eps, count,
+    x, y, query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight, head_dim, need_x,
+    need_carried,
 ):  # fmt: skip
+    def map_if(need):
+        return empty_map_like(o) if need else o.new_empty(0)
+
     def like(t):
-        return q.new_empty(0) if t is None else empty_dense_like(t)
+        return y.new_empty(0) if t is None else empty_dense_like(t)
 
     return (
-        empty_map_like(o) if need_x else o.new_empty(0),
-        like(q),
-        like(k),
-        like(value_weight),
-        empty_map_like(o) if need_carried else o.new_empty(0),
-        like(carry_scale),
-        like(gate),
-        like(carry_weight),
+        map_if(need_x),
+        *(like(t) for t in (y, query_weight, key_weight, value_weight)),
+        map_if(need_carried),
+        *(like(t) for t in (carry_scale, gate, carry_weight)),
     )
 
 
-#: {backend: (forward, backward)}
-BACKENDS = {"native": library_ops("light_update", fake_forward, fake_backward)}
+#: {backend: its ops}
+BACKENDS = {
+    "native": library_ops("light_update", forward=fake_forward, folded=fake_folded, backward=fake_backward)
+}  # fmt: skip
+
+
+def folded(
+    x, y, query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight,
+    norm: BatchNorm, head_dim: int, need_o: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """The op without gradients and with constant statistics: one pass."""
+    out, out_mean, o, o_mean = BACKENDS[backend].folded(
+        x, y, query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight, *norm.constants,
+        norm.weight, norm.bias, norm.eps, head_dim, need_o,
+    )  # fmt: skip
+    return out, out_mean, o if need_o else None, o_mean
 
 
 class LightUpdate(torch.autograd.Function):
-    """Saves ``x``, ``carried``, ``o`` and vectors; the value map is never written, not even for the backward."""
+    """Saves ``x``, ``carried``, ``o`` and vectors; the value map is never written, not even for the backward.
+
+    One pass takes the gradients of ``out`` and of ``o`` together, through the residual, BatchNorm and the attention.
+    """
 
     @staticmethod
-    def forward(x, q, k, value_weight, carried, carry_scale, gate, carry_weight, head_dim, backend):
-        return BACKENDS[backend][0](x, q, k, value_weight, carried, carry_scale, gate, carry_weight, head_dim)
+    def forward(
+        x, y, query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight, weight, bias, keep,
+        mean, var, eps, head_dim, group, backend,
+    ):  # fmt: skip
+        attention = x, y, query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight
+        o, o_mean, o_var = BACKENDS[backend].forward(*attention, head_dim)
+        ops, share = norm_residual.BACKENDS[backend], None
+        if mean is None:
+            mean, var = o_mean, o_var
+            if group is not None:
+                mean, var, share = norm_residual.across(group, o_mean, o_var, norm_residual.count_of(x))
+        out, out_mean, mean, var = ops.forward(x, o, mean, var, weight, bias, keep, eps, 0)
+        return out, out_mean, o, o_mean, mean, var, share
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, q, k, value_weight, carried, carry_scale, gate, carry_weight, ctx.head_dim, ctx.backend = inputs
-        o, mean, _ = output
-        _, need_q, need_k, need_value_weight, _, need_scale, need_gate, need_carry_weight = ctx.needs_input_grad[:8]
+        *attention, weight, bias, keep, constant, _, ctx.eps, ctx.head_dim, ctx.group, ctx.backend = inputs
+        _, _, o, _, mean, var, share = output
+        ctx.mark_non_differentiable(*(t for t in (mean, var, share) if t is not None))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            x if need_q or need_k or need_value_weight else None,
-            carried if need_scale or need_gate or need_carry_weight else None,
-            o, mean, q, k, value_weight, carry_scale, gate, carry_weight,
-        )  # fmt: skip
+        ctx.own_statistics = constant is None
+        ctx.save_for_backward(o, mean, var, share, weight, bias, keep, *attention)
 
     @staticmethod
-    def backward(ctx, grad_o: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None):
+    def backward(ctx, grad_out, grad_out_mean, grad_o, grad_o_mean, *_):
         saved = ctx.saved_tensors  # once: checkpointing computes it anew at every look
-        x, carried, o, mean, q, k, value_weight, carry_scale, gate, carry_weight = saved
-        if grad_o is None:
-            grad_o = torch.zeros_like(o)
-        needs = ctx.needs_input_grad[:8]
-        grads = BACKENDS[ctx.backend][1](
-            grad_o, grad_mean, grad_var, o, mean,
-            x, q, k, value_weight, carried, carry_scale, gate, carry_weight, ctx.head_dim, needs[0], needs[4],
+        o, mean, var, share, weight, bias, keep, *attention = saved
+        if grad_out is None:
+            grad_out = torch.zeros_like(o)
+        *needs, need_weight, need_bias, need_keep = ctx.needs_input_grad[:12]
+        grad_weight, grad_bias, grad_keep = norm_residual.BACKENDS[ctx.backend].sums(
+            grad_out, grad_out_mean, o, None, mean, var, weight, bias, keep, ctx.eps, 0, need_keep
+        )
+        sums = gradient_sums(ctx.group, share, grad_weight, grad_bias) if ctx.own_statistics else (None, None)
+        grads = BACKENDS[ctx.backend].backward(
+            grad_out, grad_out_mean, grad_o, grad_o_mean, o, mean, var, weight, *sums, keep, ctx.eps,
+            norm_residual.count_of(o), *attention, ctx.head_dim, needs[0], needs[5],
         )  # fmt: skip
-        grads = tuple(g if need else None for g, need in zip(grads, needs, strict=True))
-        return *double_backward.once("light_update", grads, (grad_o, grad_mean, grad_var, *saved)), *(
+        grads = (
+            *(g if need else None for g, need in zip(grads, needs, strict=True)),
+            grad_weight if need_weight else None,
+            grad_bias if need_bias else None,
+            grad_keep if need_keep else None,
+        )
+        incoming = grad_out, grad_out_mean, grad_o, grad_o_mean
+        return *double_backward.once("light_update", grads, (*incoming, *saved)), *(
+            None,  # mean
+            None,  # var
+            None,  # eps
             None,  # head_dim
+            None,  # group
             None,  # backend
         )

@@ -1,13 +1,21 @@
 """``norm_residual`` with its gradient, over the fused backends."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dla_kernels import double_backward
+from dla_kernels.batch_norm import BatchNorm, across, gradient_sums
 from dla_kernels.native import empty_dense_like, empty_map_like, library_ops
+from dla_kernels.ops.norm_residual import reference
 
 #: Where a ReLU may stand, as the library ops count the places.
 RELU = {None: 0, "branch": 1, "sum": 2}
+
+
+def fake_moments(o):
+    dtype = torch.float64 if o.dtype == torch.float64 else torch.float32
+    return tuple(o.new_empty(o.shape[:2], dtype=dtype) for _ in range(2))
 
 
 def fake_forward(x, o, mean, var, weight, bias, keep, eps, relu):
@@ -16,65 +24,105 @@ def fake_forward(x, o, mean, var, weight, bias, keep, eps, relu):
     return empty_map_like(x), *vectors
 
 
+def fake_sums(grad_out, grad_y, o, out, mean, var, weight, bias, keep, eps, relu, need_keep):
+    return empty_dense_like(weight), empty_dense_like(bias), weight.new_empty(o.shape[0] if need_keep else 0)
+
+
 def fake_backward(
-    grad_out, grad_y, o, out, mean, var, own_statistics, weight, bias, keep, eps, relu, need_x, need_o, need_keep
+    grad_out, grad_y, o, out, mean, var, weight, bias, sum_weight, sum_bias, keep, eps, relu, count, need_x
 ):
-    return (
-        empty_map_like(o) if need_x else o.new_empty(0),
-        empty_map_like(o) if need_o else o.new_empty(0),
-        *(empty_dense_like(t) for t in (mean, var, weight, bias)),
-        mean.new_empty(o.shape[0] if need_keep else 0),
-    )
+    return empty_map_like(o) if need_x else o.new_empty(0), empty_map_like(o)
 
 
-#: {backend: (forward, backward)}
-BACKENDS = {"native": library_ops("norm_residual", fake_forward, fake_backward)}
+def fake_update(running_mean, running_var, num_batches_tracked, mean, var, momentum, count):
+    return None
+
+
+_library = library_ops(
+    "norm_residual",
+    moments=fake_moments, forward=fake_forward, sums=fake_sums, backward=fake_backward, update_running_stats=fake_update,
+)  # fmt: skip
+
+#: {backend: its ops}
+BACKENDS = {"native": _library}
+
+
+def count_of(o: Tensor) -> int:
+    """Values per channel."""
+    return o.shape[0] * o.shape[2] * o.shape[3]
+
+
+def statistics(
+    ops, o: Tensor, mean: Tensor | None, var: Tensor | None, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What normalises ``o``: given constants [C], or o's moments, its own [B, C] or merged across a group [C]."""
+    if mean is not None:
+        return mean, var, None
+    mean, var = ops.moments(o)
+    return (mean, var, None) if group is None else across(group, mean, var, count_of(o))
+
+
+def keep_books(norm: BatchNorm, mean: Tensor, var: Tensor, count: int, share: Tensor | None, backend: str) -> None:
+    """In training updates the running statistics by those that were used."""
+    if not norm.training or norm.running_mean is None:
+        return
+    if backend == "reference" or share is not None:
+        update, count = reference.update_running_stats, count if share is None else count / share
+    else:
+        update = BACKENDS[backend].update_running_stats
+    update(norm.running_mean, norm.running_var, norm.num_batches_tracked, mean, var, norm.momentum, count)
 
 
 class NormResidual(torch.autograd.Function):
-    """Saves ``o`` and vectors, and ``out`` where the ReLU follows the addition; the statistics it returns are detached.
+    """Saves ``o`` and vectors, and ``out`` where the ReLU follows the addition; what follows y is detached.
 
     The gradient of ``x`` is that of ``out`` itself where neither y's nor a ReLU's is between them.
     """
 
     @staticmethod
-    def forward(x, o, mean, var, weight, bias, keep, eps, relu, backend):
-        return BACKENDS[backend][0](x, o, mean, var, weight, bias, keep, eps, RELU[relu])
+    def forward(x, o, weight, bias, keep, mean, var, eps, relu, group, backend):
+        ops = BACKENDS[backend]
+        mean, var, share = statistics(ops, o, mean, var, group)
+        return *ops.forward(x, o, mean, var, weight, bias, keep, eps, RELU[relu]), share
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, o, mean, var, weight, bias, keep, ctx.eps, ctx.relu, ctx.backend = inputs
-        out, _, used_mean, used_var = output
-        ctx.mark_non_differentiable(used_mean, used_var)
+        _, o, weight, bias, keep, constant, _, ctx.eps, ctx.relu, ctx.group, ctx.backend = inputs
+        out, _, mean, var, share = output
+        ctx.mark_non_differentiable(*(t for t in (mean, var, share) if t is not None))
         ctx.set_materialize_grads(False)
-        ctx.own_statistics = mean is None
-        mean, var = (used_mean, used_var) if mean is None else (mean, var)
-        ctx.save_for_backward(o, out if ctx.relu == "sum" else None, mean, var, weight, bias, keep)
+        ctx.own_statistics = constant is None
+        ctx.save_for_backward(o, out if ctx.relu == "sum" else None, weight, bias, keep, mean, var, share)
 
     @staticmethod
     def backward(ctx, grad_out: Tensor | None, grad_y: Tensor | None, *_):
         saved = ctx.saved_tensors  # once: checkpointing computes it anew at every look
-        o, out, mean, var, weight, bias, keep = saved
+        o, out, weight, bias, keep, mean, var, share = saved
         if grad_out is None:
             grad_out = torch.zeros_like(o)
-        need_x, need_o, need_mean, need_var, need_weight, need_bias, need_keep = ctx.needs_input_grad[:7]
+        need_x, need_o, need_weight, need_bias, need_keep = ctx.needs_input_grad[:5]
+        ops, relu = BACKENDS[ctx.backend], RELU[ctx.relu]
+        shared = grad_out, grad_y, o, out, mean, var, weight, bias
+        grad_weight, grad_bias, grad_keep = ops.sums(*shared, keep, ctx.eps, relu, need_keep)
+        sums = gradient_sums(ctx.group, share, grad_weight, grad_bias) if ctx.own_statistics else (None, None)
         passes_on = grad_y is None and ctx.relu != "sum"
-        grads = BACKENDS[ctx.backend][1](
-            grad_out, grad_y, o, out, mean, var, ctx.own_statistics, weight, bias, keep, ctx.eps, RELU[ctx.relu],
-            need_x and not passes_on, need_o, need_keep,
-        )  # fmt: skip
-        grad_x, grad_o, grad_mean, grad_var, grad_weight, grad_bias, grad_keep = grads
+        grad_x = grad_o = None
+        if need_o or (need_x and not passes_on):
+            grad_x, grad_o = ops.backward(
+                *shared, *sums, keep, ctx.eps, relu, count_of(o), need_x and not passes_on
+            )  # fmt: skip
         grads = (
             (grad_out if passes_on else grad_x) if need_x else None,
             grad_o if need_o else None,
-            grad_mean if need_mean else None,
-            grad_var if need_var else None,
             grad_weight if need_weight else None,
             grad_bias if need_bias else None,
             grad_keep if need_keep else None,
         )
         return *double_backward.once("norm_residual", grads, (grad_out, grad_y, *saved)), *(
+            None,  # mean
+            None,  # var
             None,  # eps
             None,  # relu
+            None,  # group
             None,  # backend
         )

@@ -5,20 +5,19 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dla_kernels.backend import choose
-from dla_kernels.checks import Checker
+from dla_kernels.checks import GATES, Checker
 from dla_kernels.common import ACTIVATIONS
+from dla_kernels.dsu import DsuWeights
+from dla_kernels.ops.gap_dsu import pack_dsu
 from dla_kernels.ops.refresh_gates import reference
 from dla_kernels.ops.refresh_gates.function import RefreshGates
-
-GATES = ("context", "hidden")
-
 
 def refresh_gates(
     features: Tensor,  # [B, T, C]
     gates: Tensor,  # [B, T, C]
     h: Tensor,  # [B, C]
     c: Tensor,  # [B, C]
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor] | DsuWeights,
     activation: str = "sigmoid",
     gate: str = "context",
     backend: str | None = None,
@@ -59,6 +58,8 @@ def refresh_gates(
     chosen = choose(features.device, backend)
     if chosen == "reference":
         return reference.refresh_gates(features, gates, h, c, weights, activation, gate)
-    weights = (w.to(features.dtype) for w in weights)
+    weights = weights if isinstance(weights, DsuWeights) else pack_dsu(weights)
     sigma = tuple(ACTIVATIONS).index(activation)
-    return RefreshGates.apply(features, gates, h, c, sigma, gate == "context", chosen, *weights)
+    return RefreshGates.apply(
+        features, gates, h, c, weights.packed.to(h.dtype), weights.joint, sigma, gate == "context", chosen
+    )

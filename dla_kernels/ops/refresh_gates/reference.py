@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from dla_kernels.dsu import DsuWeights
 from dla_kernels.ops.gap_dsu.reference import dsu
 
 
@@ -12,7 +13,7 @@ def refresh_gates(
     gates: Tensor,  # [B, T, C]
     h: Tensor,  # [B, C]
     c: Tensor,  # [B, C]
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor] | DsuWeights,
     activation: str,
     gate: str,
 ) -> Tensor:

@@ -1,0 +1,33 @@
+"""The weights of the Dynamic Sharing Unit, packed into one tensor."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class DsuWeights(NamedTuple):
+    """All weights of a DSU one after the other; see :func:`dla_kernels.pack_dsu`.
+
+    Attributes:
+        packed: [n] in the order of the weights.
+        joint: whether they are those of the joint form.
+        channels, reduced: C and R.
+    """
+
+    packed: Tensor
+    joint: bool
+    channels: int
+    reduced: int
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The weights' shapes, in order."""
+        c, r = self.channels, self.reduced
+        return ((r, 2 * c), (3 * c, r), (3 * c,)) if self.joint else ((r, c), (r,), (3 * c, r), (3 * c,)) * 2
+
+    def unpack(self) -> tuple[Tensor, ...]:
+        """The single weights, as views."""
+        sizes = [torch.Size(s).numel() for s in self.shapes]
+        return tuple(w.view(s) for w, s in zip(self.packed.split(sizes), self.shapes, strict=True))
+
