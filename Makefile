@@ -4,15 +4,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 SOURCES := $(CPP) $(shell find dla dla_kernels -name '*.py')
 
-.PHONY: help demo test test-all bench lint format clean
+.PHONY: help demo test test-all fuzz sanitize bench lint format clean
 
 help:
 	@echo "make demo      train DLA-L-20, MRLA-L-20 and ResNet-20 on handwritten digits; results in demo/"
 	@echo "make test      the tests"
 	@echo "make test-all  the tests with the slow ones"
+	@echo "make fuzz      every op on 10000 random shapes, layouts and dtypes"
+	@echo "make sanitize  the ops' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench     what each layer interaction costs against the plain network, on this machine"
 	@echo "make lint      check style;  make format  mend it"
 
@@ -24,6 +27,18 @@ test: $(VENV)/.package
 
 test-all: $(VENV)/.package
 	$(BIN)/pytest -n 2
+
+fuzz: $(VENV)/.package
+	$(BIN)/pytest -n 2 --hypothesis-profile fuzz tests/test_dla_kernels/test_fused.py -k any_shape
+
+# An install of its own, which comes before that of $(VENV) on the path. Python itself is not sanitized: the runtimes
+# are loaded first, and its leaks are its own.
+sanitize: $(VENV)/.dependencies
+	DLA_KERNELS_CUDA=0 CXXFLAGS="$(SANITIZE) -O1" LDFLAGS="$(SANITIZE)" \
+		$(BIN)/pip install --quiet --no-build-isolation --no-deps --upgrade --target build/sanitized .
+	PYTHONPATH=build/sanitized ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)" \
+		$(BIN)/pytest tests/test_dla_kernels/test_fused.py
 
 bench: $(VENV)/.package
 	$(BIN)/pytest benchmarks/models.py

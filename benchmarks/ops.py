@@ -1,8 +1,9 @@
-"""What the native ops cost on this CPU, beside the reference and beside a copy of the same map.
+"""What do the native ops cost on this CPU, beside the reference, torch.compile of it, and a copy of the same map?
 
-``python benchmarks/ops.py [--shape 32x64x32x32 ...] [--threads 1] [--channels-last]`` prints one row for each op:
-milliseconds forward and backward, GB/s against the op's byte floor in maps, and how many times faster than the
-reference. Times are of processor time, so that a busy machine does not count; with several threads they are elapsed.
+``python benchmarks/ops.py [--shape 32x64x32x32 ...] [--threads 1] [--channels-last] [--compile]`` prints one row for
+each op: milliseconds forward and backward, GB/s against the op's byte floor in maps, how many times faster than the
+reference and, with ``--compile``, than the reference compiled by inductor. Times are of processor time, so that a busy
+machine does not count; with several threads they are elapsed.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 import dla_kernels
+from dla_kernels import BatchNorm
 
 
 def median(function: Callable[[], object], clock: Callable[[], float], runs: int = 15) -> float:
@@ -28,7 +30,7 @@ def median(function: Callable[[], object], clock: Callable[[], float], runs: int
 
 
 def cases(shape: list[int], memory_format: torch.memory_format) -> Iterator[tuple]:
-    """Name, maps moved forward and backward, the call, and its tensors."""
+    """Name, maps moved forward and backward, the call of tensors and a backend, and the tensors."""
     b, c, h, w = shape
     reduced, t = max(1, c // 4), 4
 
@@ -38,37 +40,45 @@ def cases(shape: list[int], memory_format: torch.memory_format) -> Iterator[tupl
     def vectors(*shape: int) -> Tensor:
         return (torch.randn(shape) * shape[-1] ** -0.5).requires_grad_()
 
-    x, o, *values = maps(2 + t)
-    q, k, gate, mean = (vectors(b, c) for _ in range(4))
-    var = torch.rand(b, c).add(0.1).requires_grad_()
-    scale, bias, value_weight, carry_weight = vectors(c), vectors(c), vectors(c, 1, 3, 3), vectors(c, 1, 3, 3)
-    keys, gates = vectors(b, t, c), vectors(b, t, c)
+    x, o = maps(2)
+    y, h_, c_, gate, bias = vectors(b, c), vectors(b, c), vectors(b, c), vectors(b, c), vectors(c)
+    scale, filter_, value_weight, carry_weight = vectors(c), vectors(1, 1, 5), vectors(c, 1, 3, 3), vectors(c, 1, 3, 3)
+    keys, gates, q = vectors(b, t, c), vectors(b, t, c), vectors(b, c)
     weights = [vectors(reduced, 2 * c), vectors(3 * c, reduced), vectors(3 * c)]
-    k_ = dla_kernels
-    yield "gap_dsu", 1, 0, lambda **b: k_.gap_dsu(x, q, k, weights, **b), [x, q, k, *weights]
-    yield "refresh_gates", 0, 0, lambda **b: (k_.refresh_gates(keys, gates, q, k, weights, **b),), [keys, gates, q, k]
-    yield (
-        f"layer_attention, {t} layers", t + 1, 2 * t + 2,
-        lambda **b: k_.layer_attention(q, keys, values, gates, c, **b), [q, keys, gates, *values],
-    )  # fmt: skip
-    yield (
-        "light_update", 3, 6,
-        lambda **b: k_.light_update(x, q, k, value_weight, o, scale, gate, None, c, **b),
-        [x, q, k, value_weight, o, scale, gate],
-    )  # fmt: skip
-    yield (
-        "light_update, filtered carry", 3, 6,
-        lambda **b: k_.light_update(x, q, k, value_weight, o, scale, gate, carry_weight, c, **b),
-        [x, q, k, value_weight, o, scale, gate, carry_weight],
-    )  # fmt: skip
-    yield (
-        "norm_residual, moments given", 3, 4,
-        lambda **b: k_.norm_residual(x, o, scale, bias, mean, var, **b)[:2], [x, o, scale, bias, mean, var],
-    )  # fmt: skip
-    yield (
-        "norm_residual, residual block", 4, 8,
-        lambda **b: k_.norm_residual(x, o, scale, bias, relu="sum", **b)[:2], [x, o, scale, bias],
-    )  # fmt: skip
+    ops = dla_kernels
+    with torch.no_grad():
+        prior = [ops.layer_attention(v, q, keys[:, :1], gates[:, :1], value_weight, [], BatchNorm(scale, bias))[1]
+                 for v in maps(t - 1)]  # fmt: skip
+
+    def step(x, h, c, *weights, backend):
+        return ops.gap_dsu(x, h, c, weights, carried=h, backend=backend)
+
+    def refresh(keys, gates, h, c, *weights, backend):
+        return (ops.refresh_gates(keys, gates, h, c, weights, backend=backend),)
+
+    def attend(x, q, k, gates, value_weight, scale, bias, backend):
+        out, layer = ops.layer_attention(
+            x, q, k, gates, value_weight, prior, BatchNorm(scale, bias), head_dim=c, backend=backend
+        )
+        return out, layer.pooled
+
+    def update(x, y, value_weight, carried, lambda_, gate, scale, bias, carry_weight=None, *, backend):
+        return ops.light_update(
+            x, y, filter_, filter_, value_weight, BatchNorm(scale, bias), carried, lambda_, gate, carry_weight,
+            head_dim=c, backend=backend,
+        )  # fmt: skip
+
+    def block(x, o, scale, bias, backend):
+        return ops.norm_residual(x, o, BatchNorm(scale, bias), relu="sum", backend=backend)
+
+    yield "gap_dsu", 1, 0, step, [x, h_, c_, *weights]
+    yield "refresh_gates", 0, 0, refresh, [keys, gates, h_, c_, *weights]
+    # V from x, o from the V's, out from both; backward sums, o's gradient and V's, x's
+    yield f"layer_attention, {t} layers", t + 6, t + 10, attend, [x, q, keys, gates, value_weight, scale, bias]
+    update_args = [x, y, value_weight, o, scale, gate, scale, bias]
+    yield "light_update", 6, 9, update, update_args
+    yield "light_update, filtered carry", 6, 9, update, [*update_args, carry_weight]
+    yield "norm_residual", 4, 8, block, [x, o, scale, bias]
 
 
 def main() -> None:
@@ -76,6 +86,7 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", default=["32x64x32x32", "32x256x8x8", "4x256x56x56"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.threads == 1 else time.perf_counter
@@ -88,22 +99,28 @@ def main() -> None:
         copy = median(lambda: target.copy_(source), clock)  # noqa: B023
         print(f"\n{text}, a map of {size / 2**20:.1f} MiB, copied at {2 * size / copy / 1e9:.1f} GB/s")
         for name, forward_maps, backward_maps, call, tensors in cases(shape, memory_format):
+            rivals = {"native": (call, "native"), "reference": (call, "reference")}
+            if args.compile:
+                torch._dynamo.reset()
+                rivals["compiled"] = torch.compile(call, fullgraph=True), "reference"
             times = {}
-            for backend in ("native", "reference"):
+            for rival, (function, backend) in rivals.items():
                 with torch.no_grad():
-                    forward = median(lambda: call(backend=backend), clock)  # noqa: B023
-                outputs = call(backend=backend)
+                    forward = median(lambda: function(*tensors, backend=backend), clock)  # noqa: B023
+                outputs = function(*tensors, backend=backend)
+                outputs = [o for o in outputs if o.requires_grad]
                 directions = [torch.randn_like(o) for o in outputs]
                 backward = median(
                     lambda: torch.autograd.grad(outputs, tensors, directions, retain_graph=True),  # noqa: B023
                     clock,
                 )
-                times[backend] = forward, backward
-            columns = [
-                f"{native * 1e3:7.2f} ms {maps * size / native / 1e9:5.1f} GB/s {reference / native:5.1f}x"
-                for native, reference, maps in zip(*times.values(), (forward_maps, backward_maps), strict=True)
-            ]
-            print(f"{name:30s} forward {columns[0]}   backward {columns[1]}")
+                times[rival] = forward, backward
+            columns = []
+            for i, maps in enumerate((forward_maps, backward_maps)):
+                native, *others = (t[i] for t in times.values())
+                gains = " ".join(f"{other / native:5.1f}x" for other in others)
+                columns.append(f"{native * 1e3:7.2f} ms {maps * size / native / 1e9:5.1f} GB/s {gains}")
+            print(f"{name:30s} forward {columns[0]}   backward {columns[1]}", flush=True)
 
 
 if __name__ == "__main__":

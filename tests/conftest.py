@@ -1,5 +1,10 @@
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("fuzz", max_examples=10_000)  # make fuzz
+settings.register_profile("test", max_examples=200)
+settings.load_profile("test")
 
 
 @pytest.fixture(autouse=True)

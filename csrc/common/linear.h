@@ -5,26 +5,35 @@
 template <class A>
 void linear(int64_t M, int64_t N, int64_t K, const A* x, const Linear<A>& layer, const A* base, int64_t rows_per_base,
             bool relu, A* out) {
-    constexpr int L = kLanes<A>, kRows = 4, kColumns = 4;
-    const int64_t columns = ceil_div(N, kColumns), whole = K / L * L;
-    parallel(ceil_div(M, kRows) * columns, kRows * kColumns * K / 8, [&](int64_t begin, int64_t end) {
+    // The sums, a column's filters and one row fill the registers: 32 of 64 bytes, else 16.
+    constexpr int L = kLanes<A>, kRows = 4, kColumns = DLA_VECTOR_BYTES == 64 ? 4 : 3;
+    const int64_t tiles = ceil_div(M, kRows), whole = K / L * L;
+    parallel(tiles * ceil_div(N, kColumns), kRows * kColumns * K / 8, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
-            const int64_t m0 = task / columns * kRows, n0 = task % columns * kColumns;
+            // All rows under a few filters, which stay in the cache, before the next ones.
+            const int64_t m0 = task % tiles * kRows, n0 = task / tiles * kColumns;
             // Beyond the edge the last row or column is computed again, and not stored.
             const A *rows[kRows], *filters[kColumns];
             for (int i = 0; i < kRows; ++i) rows[i] = x + std::min(m0 + i, M - 1) * K;
             for (int j = 0; j < kColumns; ++j) filters[j] = layer.weight + std::min(n0 + j, N - 1) * layer.pitch;
             Vec<A> sums[kRows][kColumns] = {};
-            const auto add = [&](int64_t k, int64_t n) {
+            // Inlined, or the sums would leave the registers. Of a vector of x the first lanes may be left out.
+            const auto add = [&](int64_t k, auto n, auto left_out) __attribute__((always_inline)) {
                 Vec<A> w[kColumns];
                 for (int j = 0; j < kColumns; ++j) w[j] = load<A>(filters[j] + k, n);
                 for (int i = 0; i < kRows; ++i) {
-                    const Vec<A> v = load<A>(rows[i] + k, n);
+                    const Vec<A> v = drop_lanes<A>(load<A>(rows[i] + k, n), left_out);
                     for (int j = 0; j < kColumns; ++j) sums[i][j] += v * w[j];
                 }
             };
-            for (int64_t k = 0; k < whole; k += L) add(k, L);
-            if (whole < K) add(whole, K - whole);
+            constexpr std::integral_constant<int64_t, L> kFull;
+            constexpr std::integral_constant<int64_t, 0> kNone;
+            for (int64_t k = 0; k < whole; k += L) add(k, kFull, kNone);
+            if (whole < K && K < L) {
+                add(0, K, kNone);
+            } else if (whole < K) {
+                add(K - L, kFull, L - (K - whole));  // the last vector, but for what the one before had of it
+            }
             // Constant bounds: the sums then stay in registers.
             for (int i = 0; i < kRows; ++i) {
                 for (int j = 0; j < kColumns; ++j) {
@@ -51,12 +60,13 @@ void product(int64_t M, int64_t N, int64_t K, const A* a, int64_t row, int64_t c
             const int64_t m0 = task / columns * kRows, n0 = task % columns * kVectors * L;
             const A* rows[kRows];
             for (int i = 0; i < kRows; ++i) rows[i] = a + std::min(m0 + i, M - 1) * row;
-            // Full vectors as a constant: no check inside the loop, and the sums stay in registers.
-            const auto run = [&](auto lanes0, auto lanes1) {
+            // Beyond the last whole tile, that of the last columns is computed whole and its new ones are stored.
+            const int64_t from = std::max<int64_t>(0, std::min(n0, N - kVectors * L));
+            const auto run = [&](auto lanes0, auto lanes1) __attribute__((always_inline)) {
                 Vec<A> sums[kRows][kVectors] = {};
                 for (int64_t k = 0; k < K; ++k) {
-                    const A* from = b + k * b_pitch + n0;
-                    const Vec<A> v0 = load<A>(from, lanes0), v1 = load<A>(from + L, lanes1);
+                    const A* at = b + k * b_pitch + from;
+                    const Vec<A> v0 = load<A>(at, lanes0), v1 = load<A>(at + L, lanes1);
                     for (int i = 0; i < kRows; ++i) {
                         const A factor = rows[i][k * column];
                         sums[i][0] += factor * v0;
@@ -65,16 +75,19 @@ void product(int64_t M, int64_t N, int64_t K, const A* a, int64_t row, int64_t c
                 }
                 for (int i = 0; i < kRows; ++i) {
                     if (m0 + i >= M) continue;
-                    A* to = out + (m0 + i) * out_pitch + n0;
-                    store<A>(to, sums[i][0], lanes0);
-                    store<A>(to + L, sums[i][1], lanes1);
+                    A found[kVectors * L];
+                    store<A>(found, sums[i][0]);
+                    store<A>(found + L, sums[i][1]);
+                    std::copy_n(found + (n0 - from), std::min<int64_t>(kVectors * L, N - n0),
+                                out + (m0 + i) * out_pitch + n0);
                 }
             };
+            // Full vectors as a constant: no check inside the loop, and the sums stay in registers.
             constexpr std::integral_constant<int64_t, L> kFull;
-            if (N - n0 >= kVectors * L) {
+            if (N >= kVectors * L) {
                 run(kFull, kFull);
             } else {
-                run(std::min<int64_t>(L, N - n0), std::max<int64_t>(0, N - n0 - L));
+                run(std::min<int64_t>(L, N), std::max<int64_t>(0, N - L));
             }
         }
     });

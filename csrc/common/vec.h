@@ -116,14 +116,27 @@ inline void store(T* p, Vec<A, N> v, int64_t n) {
     copy_some<N>(p, some, n);
 }
 
+// Which of the lanes are among the first n.
+template <class A, int N = kLanes<A>>
+inline auto first_lanes(int64_t n) {
+    using I = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+    Vec<I, N> lane;
+    for (int i = 0; i < N; ++i) lane[i] = i;
+    return lane < static_cast<I>(n);
+}
+
 // v in the first n lanes, zero in the others, whatever they hold.
 template <class A, int N = kLanes<A>>
 inline Vec<A, N> keep_lanes(Vec<A, N> v, int64_t n) {
     if (n >= N) return v;
-    using I = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
-    Vec<I, N> lane;
-    for (int i = 0; i < N; ++i) lane[i] = i;
-    return lane < static_cast<I>(n) ? v : Vec<A, N>{};
+    return first_lanes<A, N>(n) ? v : Vec<A, N>{};
+}
+
+// v without the first n lanes.
+template <class A, int N = kLanes<A>>
+inline Vec<A, N> drop_lanes(Vec<A, N> v, int64_t n) {
+    if (n <= 0) return v;
+    return first_lanes<A, N>(n) ? Vec<A, N>{} : v;
 }
 
 // load(p, n) where `room` numbers from p on are readable: faster, where that is a whole vector.

@@ -153,7 +153,7 @@ def test_inference_folds_the_norm(make, dtype):
 SIZES = st.integers(1, 40)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 @pytest.mark.parametrize("op", MAKE)
 def test_any_shape_layout_and_dtype(op, data):
