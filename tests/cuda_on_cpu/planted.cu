@@ -8,7 +8,16 @@ namespace {
 
 constexpr int kThreads = 128;
 
-enum Mistake { none, no_barrier, no_barrier_before_reuse, uninitialised, beyond_shared, beyond_map, misaligned, divergent };
+enum Mistake {
+    none,
+    no_barrier,
+    no_barrier_before_reuse,
+    uninitialised,
+    beyond_shared,
+    beyond_map,
+    misaligned,
+    divergent
+};
 
 // Twice: out[i] = the value of the thread on the other side of the block, plus the block's sum.
 template <Mistake mistake>
@@ -38,11 +47,12 @@ __global__ void mirror(const float* in, float* out) {
 
 // Returns whether the launch succeeded.
 extern "C" __attribute__((visibility("default"))) bool run_mirror(int mistake, int blocks, const float* in,
-                                                                   float* out) {
+                                                                  float* out) {
     using namespace dla;
     void (*const kernels[])(const float*, float*) = {
-        mirror<none>,          mirror<no_barrier>, mirror<no_barrier_before_reuse>, mirror<uninitialised>,
-        mirror<beyond_shared>, mirror<beyond_map>, mirror<misaligned>,              mirror<divergent>};
+        mirror<none>,          mirror<no_barrier>,    mirror<no_barrier_before_reuse>,
+        mirror<uninitialised>, mirror<beyond_shared>, mirror<beyond_map>,
+        mirror<misaligned>,    mirror<divergent>};
     try {
         launch(kernels[mistake], dim3(blocks), kThreads, (kThreads + kThreads / kWarp) * sizeof(float), nullptr, in,
                out);

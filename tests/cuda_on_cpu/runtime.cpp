@@ -248,4 +248,6 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& t
 const char* cudaGetErrorString(cudaError_t) { return cuda_on_cpu::failure; }
 
 // Lets the last block and the last thread go first.
-extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_reverse(bool value) { cuda_on_cpu::reversed = value; }
+extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_reverse(bool value) {
+    cuda_on_cpu::reversed = value;
+}
