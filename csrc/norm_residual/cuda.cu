@@ -8,6 +8,11 @@ namespace {
 
 constexpr int kThreads = WalkPlan::kThreads;
 
+// Vectors that a thread has in flight in the kernels that read several maps: two, but one where a vector's channels
+// already fill the registers.
+template <class W>
+constexpr int kUnroll = W::kChannels > 4 ? 1 : 2;
+
 template <class A>
 __device__ __forceinline__ A rectify(A v) {
     return v <= A(0) ? A(0) : v;  // a NaN passes, as in torch
@@ -22,10 +27,10 @@ __global__ void __launch_bounds__(kThreads) moments(const NormMoments<T> a, cons
     const int warp = threadIdx.x / kWarp, lane = walk.lane;
     walk.each_sample([&](int64_t b) {
         A count = 0, mean[W::N] = {}, deviations[W::N] = {};
-        const int64_t step = walk.step(), end = walk.end();
+        const int step = walk.step(), end = walk.end();
         const T* o = a.o.at(b, walk.c, 0);
 #pragma unroll 4
-        for (int64_t p = walk.first(); p < end; p += step) {
+        for (int p = walk.first(); p < end; p += step) {
             A value[W::N];
             load(o + p * a.o.pixel, value);
             count += A(1);
@@ -120,13 +125,13 @@ __global__ void __launch_bounds__(kThreads) forward(const NormForward<T> a, cons
     }
     walk.each_sample([&](int64_t b) {
         const A keep = a.keep ? a.keep[b] : A(1);
-        const int64_t step = walk.step(), end = walk.end();
+        const int step = walk.step(), end = walk.end();
         const T* __restrict__ x = a.x.at(b, walk.c, 0);
         const T* __restrict__ o = a.o.at(b, walk.c, 0);
         T* __restrict__ out = a.out.at(b, walk.c, 0);
-        A total[W::N] = {};
+        A total[W::kChannels] = {};
 #pragma unroll 2
-        for (int64_t p = walk.first(); p < end; p += step) {
+        for (int p = walk.first(); p < end; p += step) {
             A residual[W::N], value[W::N];
             load(x + p * a.x.pixel, residual);
             load(o + p * a.o.pixel, value);
@@ -137,18 +142,16 @@ __global__ void __launch_bounds__(kThreads) forward(const NormForward<T> a, cons
                 if (a.relu == Relu::branch) normed = rectify(normed);
                 A sum = residual[i] + keep * normed;
                 if (a.relu == Relu::sum) sum = rectify(sum);
-                total[i] += sum;
+                total[j] += sum;
                 value[i] = sum;
             }
             store(out + p * a.out.pixel, value);
         }
-        A sums[W::kChannels];
-        W::fold(total, sums);
-        walk.team_sums(sums, shared);
+        walk.team_sums(total, shared);
         if (walk.walker == 0 && walk.inside()) {
 #pragma unroll
             for (int i = 0; i < W::kChannels; ++i) {
-                a.y[b * a.shape.C + walk.c + i] = sums[i] / A(a.shape.HW());
+                a.y[b * a.shape.C + walk.c + i] = total[i] / A(a.shape.HW());
             }
         }
     });
@@ -232,21 +235,22 @@ __global__ void __launch_bounds__(kThreads) sums(const NormSums<T> a, const Walk
     const W walk(a.shape, plan);
     A* shared = shared_memory<A>();
     const Channels<W> of(walk, a);
-    A total[W::N] = {}, normed[W::N] = {};
+    A of_bias[W::kChannels] = {}, of_weight[W::kChannels] = {};
     walk.each_sample([&](int64_t b) {
         const A keep = a.keep ? a.keep[b] : A(1);
-        const int64_t step = walk.step(), end = walk.end();
+        const int step = walk.step(), end = walk.end();
         const T *grad_out = a.grad_out.at(b, walk.c, 0), *o = a.o.at(b, walk.c, 0), *out = a.out.at(b, walk.c, 0);
         A gap[W::kChannels], of_keep = 0;
         through_gap(walk, a, b, gap);
 #pragma unroll 2
-        for (int64_t p = walk.first(); p < end; p += step) {
+        for (int p = walk.first(); p < end; p += step) {
             const auto g =
                 gradient(a, of, gap, keep, grad_out + p * a.grad_out.pixel, o + p * a.o.pixel, out + p * a.out.pixel);
 #pragma unroll
             for (int i = 0; i < W::N; ++i) {
-                total[i] += g.of_normed[i];
-                normed[i] += g.of_normed[i] * g.centred[i];
+                const int j = W::kRows ? i : 0;
+                of_bias[j] += g.of_normed[i];
+                of_weight[j] += g.of_normed[i] * g.centred[i];
                 of_keep += g.of_sum[i] * g.branch[i];
             }
         }
@@ -255,9 +259,6 @@ __global__ void __launch_bounds__(kThreads) sums(const NormSums<T> a, const Walk
             if (threadIdx.x % plan.team == 0) to.keep[b * plan.tiles + walk.tile] = of_keep;
         }
     });
-    A of_bias[W::kChannels], of_weight[W::kChannels];
-    W::fold(total, of_bias);
-    W::fold(normed, of_weight);
     W::block_sums(of_bias, shared);
     W::block_sums(of_weight, shared);
     if (threadIdx.x < W::kLanes && walk.inside()) {
@@ -321,7 +322,7 @@ __global__ void __launch_bounds__(kThreads) backward(const NormBackward<T> a, co
     }
     walk.each_sample([&](int64_t b) {
         const A keep = a.keep ? a.keep[b] : A(1);
-        const int64_t step = walk.step(), end = walk.end();
+        const int step = walk.step(), end = walk.end();
         const T* __restrict__ grad_out = a.grad_out.at(b, walk.c, 0);
         const T* __restrict__ o = a.o.at(b, walk.c, 0);
         const T* __restrict__ out = a.out.at(b, walk.c, 0);
@@ -330,7 +331,7 @@ __global__ void __launch_bounds__(kThreads) backward(const NormBackward<T> a, co
         A gap[W::kChannels];
         through_gap(walk, a, b, gap);
 #pragma unroll 2
-        for (int64_t p = walk.first(); p < end; p += step) {
+        for (int p = walk.first(); p < end; p += step) {
             auto g =
                 gradient(a, of, gap, keep, grad_out + p * a.grad_out.pixel, o + p * a.o.pixel, out + p * a.out.pixel);
             if (a.grad_x) store(grad_x + p * a.grad_x.pixel, g.of_sum);
@@ -362,22 +363,11 @@ __global__ void __launch_bounds__(kThreads) running_stats(const RunningStats<T, 
     }
 }
 
-template <class T>
-bool in_vectors(bool channels_last, const Shape& s, std::initializer_list<Map<const T>> maps) {
-    const int64_t length = channels_last ? s.C : s.HW();
-    return std::all_of(maps.begin(), maps.end(), [&](const auto& m) { return in_vectors<kVector<T>>(m, length); });
-}
-
-template <class T>
-Map<const T> to_const(const Map<T>& m) {
-    return {m.data, m.batch, m.channel, m.pixel};
-}
-
 }  // namespace
 
 template <class T>
 void norm_moments(const NormMoments<T>& a, cudaStream_t stream) {
-    on_walk<T>(a.channels_last, in_vectors(a.channels_last, a.shape, {a.o}), [&](auto* type) {
+    on_walk<T>(a.channels_last, a.shape, {a.o}, [&](auto* type) {
         using W = std::remove_pointer_t<decltype(type)>;
         const WalkPlan plan = W::plan(a.shape);
         launch(moments<W, T>, plan.grid(), kThreads, W::kShared * sizeof(Moments<Acc<T>>), stream, a, plan);
@@ -386,8 +376,7 @@ void norm_moments(const NormMoments<T>& a, cudaStream_t stream) {
 
 template <class T>
 void norm_forward(const NormForward<T>& a, cudaStream_t stream) {
-    const bool vectors = in_vectors(a.channels_last, a.shape, {a.x, a.o, to_const(a.out)});
-    on_walk<T>(a.channels_last, vectors, [&](auto* type) {
+    on_walk<T>(a.channels_last, a.shape, {a.x, a.o, to_const(a.out)}, [&](auto* type) {
         using W = std::remove_pointer_t<decltype(type)>;
         const WalkPlan plan = W::plan(a.shape);
         launch(forward<W, T>, plan.grid(), kThreads, W::kShared * sizeof(Acc<T>), stream, a, plan);
@@ -397,8 +386,7 @@ void norm_forward(const NormForward<T>& a, cudaStream_t stream) {
 // Calls body with the Walk and the plan of norm_sums.
 template <class T, class Body>
 void on_sums_walk(const NormSums<T>& a, const Body& body) {
-    const bool vectors = in_vectors(a.channels_last, a.shape, {a.grad_out, a.o, a.out});
-    on_walk<T>(a.channels_last, vectors, [&](auto* type) {
+    on_walk<T>(a.channels_last, a.shape, {a.grad_out, a.o, a.out}, [&](auto* type) {
         using W = std::remove_pointer_t<decltype(type)>;
         body(type, W::plan(a.shape));
     });
@@ -433,13 +421,12 @@ void norm_sums(const NormSums<T>& a, cudaStream_t stream) {
 
 template <class T>
 void norm_backward(const NormBackward<T>& a, cudaStream_t stream) {
-    const bool vectors =
-        in_vectors(a.channels_last, a.shape, {a.grad_out, a.o, a.out, to_const(a.grad_x), to_const(a.grad_o)});
-    on_walk<T>(a.channels_last, vectors, [&](auto* type) {
-        using W = std::remove_pointer_t<decltype(type)>;
-        const WalkPlan plan = W::plan(a.shape);
-        launch(backward<W, T>, plan.grid(), kThreads, 0, stream, a, plan);
-    });
+    on_walk<T>(a.channels_last, a.shape, {a.grad_out, a.o, a.out, to_const(a.grad_x), to_const(a.grad_o)},
+               [&](auto* type) {
+                   using W = std::remove_pointer_t<decltype(type)>;
+                   const WalkPlan plan = W::plan(a.shape);
+                   launch(backward<W, T>, plan.grid(), kThreads, 0, stream, a, plan);
+               });
 }
 
 template <class T, class A>

@@ -6,7 +6,6 @@
 #include <cuda_runtime.h>
 
 #include <cstring>
-#include <initializer_list>
 
 #include "common/shape.h"
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <initializer_list>
 
 #include "common/cuda/reduce.cuh"
 #include "common/cuda/vector.cuh"
@@ -38,7 +39,7 @@ struct Walk {
     static constexpr int N = N_;
     static constexpr bool kRows = kRows_;
     // 64 bytes of adjacent channels in vectors, two whole sectors; without vectors a warp takes as many as it can.
-    static constexpr int kLanes = !kRows ? 1 : N == 1 ? kWarp : 4;
+    static constexpr int kLanes = !kRows ? 1 : N == 1 ? kWarp : 64 / (N * sizeof(T));
     // Channels of a thread.
     static constexpr int kChannels = kRows ? N : 1;
     static constexpr int kThreads = WalkPlan::kThreads;
@@ -49,14 +50,14 @@ struct Walk {
 
     const Shape& s;
     const WalkPlan& plan_;
-    int64_t tile, group, c;  // c: the thread's first channel
-    int lane, walker;        // the thread's place among the channels, and among the vectors of its channels
+    int tile, group, c;  // c: the thread's first channel
+    int lane, walker;    // the thread's place among the channels, and among the vectors of its channels
 
     __device__ Walk(const Shape& s, const WalkPlan& plan)
         : s(s),
           plan_(plan),
-          tile(blockIdx.x % plan.tiles),
-          group(blockIdx.x / plan.tiles),
+          tile(blockIdx.x % static_cast<unsigned>(plan.tiles)),
+          group(blockIdx.x / static_cast<unsigned>(plan.tiles)),
           c(kRows ? (tile * kLanes + threadIdx.x % kLanes) * N : tile),
           lane(threadIdx.x % kLanes),
           walker(threadIdx.x % plan.team / kLanes) {}
@@ -68,25 +69,14 @@ struct Walk {
     template <class Body>
     __device__ __forceinline__ void each_sample(const Body& body) const {
         const int teams = kThreads / plan_.team;
-        for (int64_t b = group * teams + threadIdx.x / plan_.team; b < s.B; b += plan_.groups * teams) body(b);
+        for (int b = group * teams + threadIdx.x / plan_.team; b < s.B; b += int(plan_.groups) * teams) body(b);
     }
 
-    // The offsets of this thread's vectors within a tile: pixels, in steps of what the team takes at once.
-    __device__ int64_t first() const { return kRows ? walker : int64_t(walker) * N; }
-    __device__ int64_t step() const { return int64_t(plan_.team / kLanes) * (kRows ? 1 : N); }
-    __device__ int64_t end() const { return inside() ? s.HW() : 0; }
-
-    // A vector's sums, one for each element, to sums for each of the thread's channels.
-    __device__ static __forceinline__ void fold(const A (&v)[N], A (&sums)[kChannels]) {
-        if constexpr (kRows) {
-#pragma unroll
-            for (int i = 0; i < N; ++i) sums[i] = v[i];
-        } else {
-            sums[0] = 0;
-#pragma unroll
-            for (int i = 0; i < N; ++i) sums[0] += v[i];
-        }
-    }
+    // The offsets of this thread's vectors within a tile: pixels, in steps of what the team takes at once. A plane has
+    // less than 2^31 pixels; what they are multiplied with is of 64 bits.
+    __device__ __forceinline__ int first() const { return kRows ? walker : walker * N; }
+    __device__ __forceinline__ int step() const { return plan_.team / kLanes * (kRows ? 1 : N); }
+    __device__ __forceinline__ int end() const { return inside() ? static_cast<int>(s.HW()) : 0; }
 
     // Sums over all threads of the block that share channels, in each of them.
     __device__ static __forceinline__ void block_sums(A (&v)[kChannels], A* shared) {
@@ -114,15 +104,33 @@ struct Walk {
     }
 };
 
-// Calls body with the Walk of this layout and width; float64, which is there for exactness, has no vectors.
+// Elements of a vector. In channels_last every element has its own channel, whose constants and sums are registers:
+// four leave room for two vectors in flight, which for 16-bit maps are 8 bytes each. float64, which is there for
+// exactness, has no vectors.
+template <class T>
+constexpr int kPlaneVector = std::is_same_v<T, double> ? 1 : kVector<T>;
+template <class T>
+constexpr int kRowVector = std::is_same_v<T, double> ? 1 : 4;
+
+// Calls body with the Walk for this layout that has vectors where all maps allow it.
 template <class T, class Body>
-void on_walk(bool channels_last, bool vectors, const Body& body) {
-    constexpr int kWide = std::is_same_v<T, double> ? 1 : kVector<T>;
+void on_walk(bool channels_last, const Shape& s, std::initializer_list<Map<const T>> maps, const Body& body) {
+    const auto all = [&](auto fits) { return std::all_of(maps.begin(), maps.end(), fits); };
     if (channels_last) {
-        vectors ? body(static_cast<Walk<T, kWide, true>*>(nullptr)) : body(static_cast<Walk<T, 1, true>*>(nullptr));
+        constexpr int N = kRowVector<T>;
+        all([&](const auto& map) { return in_vectors<N>(map, s.C); }) ? body(static_cast<Walk<T, N, true>*>(nullptr))
+                                                                      : body(static_cast<Walk<T, 1, true>*>(nullptr));
     } else {
-        vectors ? body(static_cast<Walk<T, kWide, false>*>(nullptr)) : body(static_cast<Walk<T, 1, false>*>(nullptr));
+        constexpr int N = kPlaneVector<T>;
+        all([&](const auto& map) { return in_vectors<N>(map, s.HW()); })
+            ? body(static_cast<Walk<T, N, false>*>(nullptr))
+            : body(static_cast<Walk<T, 1, false>*>(nullptr));
     }
+}
+
+template <class T>
+Map<const T> to_const(const Map<T>& m) {
+    return {m.data, m.batch, m.channel, m.pixel};
 }
 
 }  // namespace dla
