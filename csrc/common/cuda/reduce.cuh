@@ -10,11 +10,11 @@ namespace dla {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// The sum over the lanes that differ in the bits from kFirst up, in every one of them; all 32 by default.
-template <int kFirst = 1, class A>
+// The sum over the lanes that differ in the bits from kFirst up to below kEnd, in every one of them; all 32 by default.
+template <int kFirst = 1, int kEnd = kWarp, class A>
 __device__ __forceinline__ A warp_sum(A v) {
 #pragma unroll
-    for (int offset = kWarp / 2; offset >= kFirst; offset /= 2) v += __shfl_xor_sync(kAllLanes, v, offset);
+    for (int offset = kEnd / 2; offset >= kFirst; offset /= 2) v += __shfl_xor_sync(kAllLanes, v, offset);
     return v;
 }
 
