@@ -13,23 +13,45 @@
 
 namespace dla {
 
-constexpr int kDsuThreads = 512, kDsuWarps = kDsuThreads / kWarp;
+// Fewer of float64, whose registers are twice as many.
+template <class A>
+constexpr int kDsuThreads = sizeof(A) == 8 ? 256 : 512;
+template <class A>
+constexpr int kDsuWarps = kDsuThreads<A> / kWarp;
 constexpr int kDsuRows = 4;
 // Lanes for a sum over the hidden units, of which there are few; 4 sums at once in a warp.
 constexpr int kDsuSpan = 8;
+// Weights in flight in a thread: 16 bytes of them.
+template <class A>
+constexpr int kDsuUnroll = 16 / sizeof(A);
 
-// Runs phases first to last - 1 of `kernel`, as said above.
-template <class Args>
-void launch_phases(void (*kernel)(Args, int, int), const Args& args, int64_t rows, int phases, int64_t weights,
+// The phases of one launch, a bit for each. They stand one after the other, not in a loop, out of which the compiler
+// would move every phase's addresses into registers.
+struct DsuPhases {
+    unsigned set;
+
+    template <class Body>
+    __device__ __forceinline__ void run(int phase, const Body& body) const {
+        if (!(set >> phase & 1)) return;
+        if (set & ((1u << phase) - 1)) __syncthreads();
+        body();
+    }
+};
+
+// Runs the phases as said above.
+template <class A, class Args>
+void launch_phases(void (*kernel)(Args, DsuPhases), const Args& args, int64_t rows, DsuPhases phases, int64_t weights,
                    size_t shared, cudaStream_t stream) {
     if (rows == 0) return;
     // 256 KiB of float32: what one multiprocessor reads in a few microseconds, about the cost of two launches.
     constexpr int64_t kSmall = 1 << 16, kSlice = 1 << 14;
     const auto blocks = static_cast<unsigned>(ceil_div(rows, kDsuRows));
-    if (weights <= kSmall) return launch(kernel, dim3(blocks), kDsuThreads, shared, stream, args, 0, phases);
+    if (weights <= kSmall) return launch(kernel, dim3(blocks), kDsuThreads<A>, shared, stream, args, phases);
     const auto slices = static_cast<unsigned>(std::min<int64_t>(64, ceil_div(weights, kSlice)));
-    for (int phase = 0; phase < phases; ++phase) {
-        launch(kernel, dim3(blocks, slices), kDsuThreads, shared, stream, args, phase, phase + 1);
+    for (unsigned bit = 1; bit <= phases.set; bit *= 2) {
+        if (phases.set & bit) {
+            launch(kernel, dim3(blocks, slices), kDsuThreads<A>, shared, stream, args, DsuPhases{bit});
+        }
     }
 }
 
@@ -77,92 +99,105 @@ __device__ __forceinline__ A activation_slope(DsuActivation activation, A v) {
     }
 }
 
-// sums[i] += the part of x[i] . weight that falls to this lane of kSpan.
-template <int kSpan, class A>
-__device__ __forceinline__ void dot(const A* weight, const A* const (&x)[kDsuRows], int K, A (&sums)[kDsuRows]) {
+// sums[part][i] += what falls to this lane of kSpan of x[i] . weights[part].
+template <int kSpan, int kParts, class A>
+__device__ __forceinline__ void dot(const A* const (&weights)[kParts], const A* const (&x)[kDsuRows], int K,
+                                    A (&sums)[kParts][kDsuRows]) {
     constexpr int N = kVector<A>;
     const int lane = threadIdx.x % kSpan;
-    uintptr_t low_bits = reinterpret_cast<uintptr_t>(weight) | static_cast<uintptr_t>(K * sizeof(A));
+    uintptr_t low_bits = static_cast<uintptr_t>(K * sizeof(A));
 #pragma unroll
     for (int i = 0; i < kDsuRows; ++i) low_bits |= reinterpret_cast<uintptr_t>(x[i]);
-    if (low_bits % 16 == 0) {
-#pragma unroll 2
-        for (int k = lane * N; k < K; k += kSpan * N) {
-            A w[N], v[N];
-            load(weight + k, w);
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) low_bits |= reinterpret_cast<uintptr_t>(weights[part]);
+    const auto run = [&](auto width) {
+        constexpr int kWidth = decltype(width)::value;
+#pragma unroll(kParts > 1 ? 1 : 2)
+        for (int k = lane * kWidth; k < K; k += kSpan * kWidth) {
+            A w[kParts][kWidth];
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) load(weights[part] + k, w[part]);
 #pragma unroll
             for (int i = 0; i < kDsuRows; ++i) {
+                A v[kWidth];
                 load(x[i] + k, v);
 #pragma unroll
-                for (int j = 0; j < N; ++j) sums[i] += w[j] * v[j];
+                for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+                    for (int j = 0; j < kWidth; ++j) sums[part][i] += w[part][j] * v[j];
+                }
             }
         }
-    } else {
-#pragma unroll 4
-        for (int k = lane; k < K; k += kSpan) {
-            const A w = weight[k];
+    };
+    low_bits % 16 == 0 ? run(std::integral_constant<int, N>()) : run(std::integral_constant<int, 1>());
+}
+
+// v[i], with all of v in registers.
+template <class A>
+__device__ __forceinline__ A select(const A (&v)[kDsuRows], int i) {
+    A value = v[0];
 #pragma unroll
-            for (int i = 0; i < kDsuRows; ++i) sums[i] += w * x[i][k];
-        }
-    }
+    for (int k = 1; k < kDsuRows; ++k) value = i == k ? v[k] : value;
+    return value;
 }
 
 // y [M, C] and h [M / T, C] -> s [M, hidden], behind the ReLU. A warp for each unit.
 template <class A>
 __device__ void dsu_reduce(const Dsu<A>& d, const DsuRows& rows, const A* y, const A* h, int64_t T, A* s) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, hidden = d.hidden(), R = d.R;
-    const A *of_y[kDsuRows], *of_h[kDsuRows];
+    const A *y_rows[kDsuRows], *h_rows[kDsuRows];
 #pragma unroll
     for (int i = 0; i < kDsuRows; ++i) {
-        of_y[i] = y + rows.row(i) * d.C;
-        of_h[i] = h + rows.row(i) / T * d.C;
+        y_rows[i] = y + rows.row(i) * d.C;
+        h_rows[i] = h + rows.row(i) / T * d.C;
     }
-    for (int n = blockIdx.y * kDsuWarps + warp; n < hidden; n += gridDim.y * kDsuWarps) {
-        const DsuBranch branch = n < R ? d.y() : d.h();
-        const int64_t k = n < R ? n : n - R;
-        A sums[kDsuRows] = {};
-        if (n < R) dot<kWarp>(d.weights + d.y().reduce + k * branch.pitch, of_y, d.C, sums);
-        if (d.joint || n >= R) dot<kWarp>(d.weights + d.h().reduce + k * branch.pitch, of_h, d.C, sums);
+    for (int n = blockIdx.y * kDsuWarps<A> + warp; n < hidden; n += gridDim.y * kDsuWarps<A>) {
+        const bool of_y = n < R, of_h = d.joint || !of_y;
+        const int64_t k = of_y ? n : n - R;
+        A sums[1][kDsuRows] = {};
+        if (of_y) dot<kWarp, 1>({d.weights + d.y().reduce + k * d.y().pitch}, y_rows, d.C, sums);
+        if (of_h) dot<kWarp, 1>({d.weights + d.h().reduce + k * d.h().pitch}, h_rows, d.C, sums);
+        const A bias = d.joint ? A(0) : d.weights[(of_y ? d.y().reduce_bias : d.h().reduce_bias) + k];
 #pragma unroll
-        for (int i = 0; i < kDsuRows; ++i) {
-            const A v = warp_sum(sums[i]) + (d.joint ? A(0) : d.weights[branch.reduce_bias + k]);
-            if (lane == i && rows.has(i)) s[rows.row(i) * hidden + n] = v <= A(0) ? A(0) : v;
-        }
+        for (int i = 0; i < kDsuRows; ++i) sums[0][i] = warp_sum(sums[0][i]) + bias;
+        const A v = select(sums[0], lane);
+        if (lane < kDsuRows && rows.has(lane)) s[rows.row(lane) * hidden + n] = v <= A(0) ? A(0) : v;
     }
 }
 
 // s -> body(row, channel, input gate, forget gate, candidate), each behind its sigmoid or tanh.
 template <class A, class Body>
 __device__ __forceinline__ void dsu_expand(const Dsu<A>& d, const DsuRows& rows, const A* s, const Body& body) {
-    constexpr int kAtOnce = kDsuThreads / kDsuSpan;
+    constexpr int kAtOnce = kDsuThreads<A> / kDsuSpan;
     const int C = d.C, R = d.R;
-    const A *of_y[kDsuRows], *of_h[kDsuRows];
-#pragma unroll
-    for (int i = 0; i < kDsuRows; ++i) {
-        of_y[i] = s + rows.row(i) * d.hidden();
-        of_h[i] = of_y[i] + R;
-    }
     const int64_t starts[3] = {d.input(), d.forget(), d.candidate()};
     for (int first = blockIdx.y * kAtOnce; first < C; first += gridDim.y * kAtOnce) {
-        const int j = first + threadIdx.x / kDsuSpan;
+        const int j = first + threadIdx.x / kDsuSpan, inside = min(j, C - 1);
         A gates[3][kDsuRows] = {};
+        // Of y's units, and of h's where they have their own.
+#pragma unroll 1
+        for (int64_t from = 0; from < d.hidden(); from += R) {
+            const A* weights = d.weights + (from == 0 ? d.y().expand : d.h().expand) + int64_t(inside) * R;
+            const A* x[kDsuRows];
+#pragma unroll
+            for (int i = 0; i < kDsuRows; ++i) x[i] = s + rows.row(i) * d.hidden() + from;
+            dot<kDsuSpan, 3>({weights + starts[0] * R, weights + starts[1] * R, weights + starts[2] * R}, x, R, gates);
+        }
 #pragma unroll
         for (int part = 0; part < 3; ++part) {
-            const int64_t n = starts[part] + min(j, C - 1);
-            dot<kDsuSpan>(d.weights + d.y().expand + n * R, of_y, R, gates[part]);
+            const int64_t n = starts[part] + inside;
             A bias = d.weights[d.y().expand_bias + n];
-            if (!d.joint) {
-                dot<kDsuSpan>(d.weights + d.h().expand + n * R, of_h, R, gates[part]);
-                bias += d.weights[d.h().expand_bias + n];
-            }
+            if (!d.joint) bias += d.weights[d.h().expand_bias + n];
 #pragma unroll
             for (int i = 0; i < kDsuRows; ++i) gates[part][i] = warp_sum<1, kDsuSpan>(gates[part][i]) + bias;
         }
+        // A lane for each row: every lane of the span has all sums.
+        const int own = threadIdx.x % kDsuSpan;
+        A mine[3];
 #pragma unroll
-        for (int i = 0; i < kDsuRows; ++i) {
-            if (threadIdx.x % kDsuSpan == i && j < C && rows.has(i)) {
-                body(rows.row(i), int64_t(j), sigmoid(gates[0][i]), sigmoid(gates[1][i]), tanh(gates[2][i]));
-            }
+        for (int part = 0; part < 3; ++part) mine[part] = select(gates[part], own);
+        if (own < kDsuRows && j < C && rows.has(own)) {
+            body(rows.row(own), int64_t(j), sigmoid(mine[0]), sigmoid(mine[1]), tanh(mine[2]));
         }
     }
 }
@@ -178,14 +213,15 @@ __device__ __forceinline__ void dsu_gate_gradients(const Dsu<A>& d, int64_t row,
 }
 
 // Values of shared memory for dsu_hidden_gradients.
-constexpr int kDsuShared = kDsuWarps * kDsuRows * kDsuSpan;
+template <class A>
+constexpr int kDsuShared = kDsuWarps<A> * kDsuRows * kDsuSpan;
 
 // Gradients of the gates [M, 3C] -> of the hidden units [M, hidden] before the ReLU. The warps share the sums, so that
 // every weight is read once, in whole sectors.
 template <class A>
 __device__ void dsu_hidden_gradients(const Dsu<A>& d, const DsuRows& rows, const A* grad_gates, const A* s, A* grad_s,
                                      A* shared) {
-    constexpr int kParts = kDsuThreads / kDsuSpan;
+    constexpr int kParts = kDsuThreads<A> / kDsuSpan;
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, at = threadIdx.x % kDsuSpan;
     const int hidden = d.hidden(), gates = 3 * d.C, R = d.R;
     const A* of[kDsuRows];
@@ -196,7 +232,7 @@ __device__ void dsu_hidden_gradients(const Dsu<A>& d, const DsuRows& rows, const
         const A* weight = d.weights + (n < R ? d.y().expand + n : d.h().expand + n - R);
         A sums[kDsuRows] = {};
         if (n < hidden) {
-#pragma unroll 4
+#pragma unroll kDsuUnroll < A>
             for (int g = threadIdx.x / kDsuSpan; g < gates; g += kParts) {
                 const A w = weight[int64_t(g) * R];
 #pragma unroll
@@ -212,7 +248,7 @@ __device__ void dsu_hidden_gradients(const Dsu<A>& d, const DsuRows& rows, const
         const int i = threadIdx.x / kDsuSpan;
         if (i < kDsuRows && rows.has(i) && n < hidden) {
             A total = 0;
-            for (int w = 0; w < kDsuWarps; ++w) total += shared[(w * kDsuRows + i) * kDsuSpan + at];
+            for (int w = 0; w < kDsuWarps<A>; ++w) total += shared[(w * kDsuRows + i) * kDsuSpan + at];
             const int64_t to = rows.row(i) * hidden + n;
             grad_s[to] = s[to] <= A(0) ? A(0) : total;
         }
@@ -230,9 +266,9 @@ __device__ __forceinline__ void dsu_input_gradients(const Dsu<A>& d, const DsuRo
     for (int i = 0; i < kDsuRows; ++i) of[i] = grad_s + rows.row(i) * d.hidden();
     const DsuBranch y = d.y(), h = d.h();
     const int own = d.joint ? 0 : R;  // where h's units begin
-    for (int c = blockIdx.y * kDsuThreads + threadIdx.x; c < C; c += gridDim.y * kDsuThreads) {
+    for (int c = blockIdx.y * kDsuThreads<A> + threadIdx.x; c < C; c += gridDim.y * kDsuThreads<A>) {
         A of_y[kDsuRows] = {}, of_h[kDsuRows] = {};
-#pragma unroll 4
+#pragma unroll kDsuUnroll < A>
         for (int n = 0; n < R; ++n) {
             const A w = d.weights[y.reduce + n * y.pitch + c];
             const A v = kOfH ? d.weights[h.reduce + n * h.pitch + c] : A(0);
