@@ -5,9 +5,9 @@ from math import log2
 import torch
 from torch import Tensor, nn
 
-from dla.norm import add_norm
-from dla_kernels import layer_attention, light_update
+from dla_kernels import BatchNorm, layer_attention, light_update
 from dla_kernels.common import accumulate_dtype, channel_conv
+from dla_kernels.ops.layer_attention import Layer
 from dla_kernels.ops.layer_attention.reference import attention_weights
 
 
@@ -24,10 +24,9 @@ class _LayerAttention(nn.Module):
         channels: C.
         head_dim: channels of a head; divides C.
         drop_path: probability of dropping a sample's attention output in training.
-        relu: where a ReLU stands, see :func:`dla_kernels.norm_residual`.
     """
 
-    def __init__(self, channels: int, head_dim: int, drop_path: float, relu: str | None):
+    def __init__(self, channels: int, head_dim: int, drop_path: float):
         super().__init__()
         if head_dim < 1 or channels % head_dim:
             raise ValueError(f"`head_dim` must divide the {channels} channels, got {head_dim}")
@@ -40,7 +39,6 @@ class _LayerAttention(nn.Module):
         self.bn = nn.BatchNorm2d(channels)
         self.head_dim = head_dim
         self.drop_path = drop_path
-        self.relu = relu
 
     def query_of(self, y: Tensor) -> Tensor:
         """Q of pooled features: [B, C] -> [B, C]."""
@@ -50,13 +48,12 @@ class _LayerAttention(nn.Module):
         """K of pooled features: [B, C] -> [B, C]."""
         return channel_conv(y[:, None], self.key.weight)[:, 0]
 
-    def residual(self, x: Tensor, o: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """x + DropPath(BatchNorm(o)) and its GAP; ``mean`` and ``var`` [B, C] are o's moments."""
-        keep = None
-        if self.training and self.drop_path:
-            p = 1 - self.drop_path
-            keep = torch.full((x.shape[0],), p, dtype=accumulate_dtype(x), device=x.device).bernoulli().div(p)
-        return add_norm(self.bn, x, o, mean, var, keep, self.relu)
+    def keep(self, x: Tensor) -> Tensor | None:
+        """Drop path's factor of each sample, [B]; None where none is dropped."""
+        if not (self.training and self.drop_path):
+            return None
+        p = 1 - self.drop_path
+        return torch.full((x.shape[0],), p, dtype=accumulate_dtype(x), device=x.device).bernoulli().div(p)
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, drop_path={self.drop_path}"
@@ -66,23 +63,29 @@ class BaseLayerAttention(_LayerAttention):
     """A block's layer attention with a softmax over its stage's layers (MRLA-B, DLA-B; Eq. 2)."""
 
     def __init__(self, channels: int, head_dim: int = 32, drop_path: float = 0.0):
-        super().__init__(channels, head_dim, drop_path, relu="branch")
+        super().__init__(channels, head_dim, drop_path)
 
-    def forward(self, x: Tensor, y: Tensor, keys: Tensor, values: list[Tensor], gates: Tensor) -> Tensor:
-        """Attends from the block's map over the T layers so far.
+    def forward(
+        self, x: Tensor, y: Tensor, keys: Tensor, value: Tensor, prior: list[Layer], gates: Tensor, followers: int = 0
+    ) -> tuple[Tensor, Layer]:
+        """Attends from the block's map over the T layers so far, and adds the result.
 
         Args:
             x: [B, C, H, W] the block's map.
             y: [B, C] its GAP.
             keys: [B, T, C] refreshed keys.
-            values: T value maps [B, C, H, W], not gated.
+            value: [B, C, H, W] the block's own value map.
+            prior: the T - 1 layers before, as this returned them.
             gates: [B, T, C] cumulative gates of the values.
+            followers: how many later blocks may attend to this one.
 
         Returns:
-            [B, C, H, W] the block's output.
+            [B, C, H, W] the block's output, and its layer.
         """
-        o, mean, var = layer_attention(self.query_of(y), keys, values, gates, self.head_dim)
-        return self.residual(x, o, mean, var)[0]
+        return layer_attention(
+            x, self.query_of(y), keys, gates, value, prior, BatchNorm.of(self.bn), self.keep(x), self.head_dim,
+            followers,
+        )  # fmt: skip
 
     def weights(self, y: Tensor, keys: Tensor) -> Tensor:
         """The attention over the T layers: y [B, C], keys [B, T, C] -> [B, T, heads]."""
@@ -99,24 +102,29 @@ class LightLayerAttention(_LayerAttention):
     """
 
     def __init__(self, channels: int, head_dim: int = 32, drop_path: float = 0.0, carry: bool = True):
-        super().__init__(channels, head_dim, drop_path, relu=None)
+        super().__init__(channels, head_dim, drop_path)
         self.register_parameter("lambda_", nn.Parameter(torch.randn(channels)) if carry else None)
 
     def forward(
-        self, x: Tensor, y: Tensor, carried: Tensor | None, gate: Tensor | None, carry_weight: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self,
+        x: Tensor,
+        y: Tensor,
+        carried: Tensor | None,
+        gate: Tensor | None,
+        carry_weight: Tensor | None,
+        need_o: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Updates the attention and adds it to the block's map.
 
         Args:
             x: [B, C, H, W] the block's map.
             y: [B, C] its GAP.
-            carried, gate, carry_weight: see :func:`dla_kernels.light_update`.
+            carried, gate, carry_weight, need_o: see :func:`dla_kernels.light_update`.
 
         Returns:
             The block's output [B, C, H, W] and its GAP [B, C], the attention output o [B, C, H, W] and its GAP.
         """
-        o, mean, var = light_update(
-            x, self.query_of(y), self.key_of(y), self.value.weight,
-            carried, self.lambda_, gate, carry_weight, self.head_dim,
+        return light_update(
+            x, y, self.query.weight, self.key.weight, self.value.weight, BatchNorm.of(self.bn),
+            carried, self.lambda_, gate, carry_weight, self.keep(x), self.head_dim, need_o,
         )  # fmt: skip
-        return *self.residual(x, o, mean, var), o, mean

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dla_kernels import gap_dsu, refresh_gates
+from dla_kernels import gap_dsu, pack_dsu, refresh_gates
 from dla_kernels.common import ACTIVATIONS, accumulate_dtype, gap, without_autocast
+from dla_kernels.dsu import DsuWeights
 
 
 class State(NamedTuple):
@@ -15,10 +16,11 @@ class State(NamedTuple):
 
     hidden: Tensor  # [B, C]
     context: Tensor  # [B, C]
+    weights: DsuWeights | None = None  # a DSU's, packed once for all steps from this state on
 
     def of_first_sample(self) -> "State":
         """The first sample's state for the whole batch."""
-        return State(*(s[:1].expand_as(s) for s in self))
+        return State(*(s[:1].expand_as(s) for s in self[:2]), self.weights)
 
 
 class Cell(nn.Module):
@@ -54,10 +56,15 @@ class Cell(nn.Module):
         y = gap(x)
         return y, self(y, state)
 
+    def observe_and_gate(self, y: Tensor, carried: Tensor, state: State, gate: str) -> tuple[State, Tensor]:
+        """One step on pooled features, and the gate of what is carried, given its GAP: both [B, C]."""
+        state = self(y, state)
+        return state, getattr(self(carried, state), gate)
+
     def refresh(self, features: Tensor, gates: Tensor, state: State, gate: str) -> Tensor:
         """Cumulative gates of T prior layers (Eq. 6), see :func:`dla_kernels.refresh_gates`: [B, T, C]."""
         y = features * gates
-        expanded = State(*(s[:, None].expand_as(y).flatten(0, 1) for s in state))
+        expanded = State(*(s[:, None].expand_as(y).flatten(0, 1) for s in state[:2]))
         return gates * getattr(self(y.flatten(0, 1), expanded), gate).view_as(y)
 
     def extra_repr(self) -> str:
@@ -142,15 +149,25 @@ class DSU(Cell):
             return self.reduce.weight, self.expand.weight, self.expand.bias
         return tuple(p for branch in (self.input, self.hidden) for p in branch.parameters())
 
+    def initial_state(self, x: Tensor) -> State:
+        return super().initial_state(x)._replace(weights=pack_dsu(self.weights))
+
     def forward(self, y: Tensor, state: State) -> State:
         return self.observe(y, state)[1]
 
     def observe(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        y, hidden, context = gap_dsu(x, *state, self.weights, self.activation)
-        return y, State(hidden, context)
+        weights = state.weights or pack_dsu(self.weights)
+        y, hidden, context, _ = gap_dsu(x, *state[:2], weights, self.activation)
+        return y, State(hidden, context, weights)
+
+    def observe_and_gate(self, y: Tensor, carried: Tensor, state: State, gate: str) -> tuple[State, Tensor]:
+        weights = state.weights or pack_dsu(self.weights)
+        _, hidden, context, d = gap_dsu(y, *state[:2], weights, self.activation, carried, gate)
+        return State(hidden, context, weights), d
 
     def refresh(self, features: Tensor, gates: Tensor, state: State, gate: str) -> Tensor:
-        return refresh_gates(features, gates, *state, self.weights, self.activation, gate)
+        weights = state.weights or pack_dsu(self.weights)
+        return refresh_gates(features, gates, *state[:2], weights, self.activation, gate)
 
 
 CELLS = ("rnn", "lstm", "dia", "dsu")

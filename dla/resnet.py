@@ -6,8 +6,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from dla.config import PAPER, Config
-from dla.norm import add_norm
 from dla.stage import INTERACTIONS, create_stage
+from dla_kernels import BatchNorm, norm_residual
 from dla_kernels.common import gap
 
 CIFAR_DEPTHS = (20, 29, 47, 56, 110, 164)
@@ -44,7 +44,7 @@ class Bottleneck(nn.Module):
     def output(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The output without drop path [B, C, H, W], its GAP [B, C], and the shortcut: what layer attention takes."""
         branch, shortcut = self._before_norm(x)
-        return *add_norm(self.bn3, shortcut, branch, relu="sum"), shortcut
+        return *norm_residual(shortcut, branch, BatchNorm.of(self.bn3), relu="sum"), shortcut
 
     def _before_norm(self, x: Tensor) -> tuple[Tensor, Tensor]:
         branch = self.act(self.bn1(self.conv1(x)))

@@ -46,10 +46,6 @@ class _AttentionStage(nn.Module):
         self.cell = cell
         self.config = config
 
-    def observe(self, y: Tensor, state: State | None) -> State | None:
-        """The state after a block whose map has the GAP y [B, C]."""
-        return None if self.cell is None else self.cell(y, state or self.cell.initial_state(y))
-
     def refresh(self, features: Tensor, gates: Tensor, state: State) -> Tensor:
         """Cumulative gates [B, T, C] of T prior layers by the current state."""
         if self.config.context == "first":
@@ -66,16 +62,19 @@ class BaseStage(_AttentionStage):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        state, values, features, gates = None, [], None, None
+        state, layers, features, gates = None, [], None, None
         for block, attention in zip(self.blocks, self.attention, strict=True):
             x, y, _ = _output(block, x)
-            state = self.observe(y, state)
-            if self.cell is not None and values:
-                gates = self.refresh(features.flatten(1, 2), gates.flatten(1, 2), state).view_as(gates)
-            values.append(attention.value(x))
-            features = _append(features, self._features(attention, y, values[-1]))
+            if self.cell is not None:
+                state = self.cell(y, state or self.cell.initial_state(y))
+                if layers:
+                    gates = self.refresh(features.flatten(1, 2), gates.flatten(1, 2), state).view_as(gates)
+            value = attention.value(x)
+            features = _append(features, self._features(attention, y, value))
             gates = _append(gates, torch.ones_like(features[:, :, -1]))
-            x = attention(x, y, self._keys(features, gates), values, gates[:, -1])
+            keys, followers = self._keys(features, gates), len(self.blocks) - len(layers) - 1
+            x, layer = attention(x, y, keys, value, layers, gates[:, -1], followers)
+            layers = [*layers, layer]
         return x
 
     def _features(self, attention: BaseLayerAttention, y: Tensor, value: Tensor) -> Tensor:
@@ -105,20 +104,34 @@ class LightStage(_AttentionStage):
 
     def forward(self, x: Tensor) -> Tensor:
         state = carried = carried_gap = x_gap = None
+        carries_output = self.config.carry == "output"
+        carry_weight = None if self.carry_conv is None else self.carry_conv.weight
         for block, attention in zip(self.blocks, self.attention, strict=True):
-            before = x
+            before, last = x, block is self.blocks[-1]
             x, y, shortcut = _output(block, x)
-            if self.config.carry == "shortcut":
+            if not carries_output:
                 carried, carried_gap = shortcut, x_gap if shortcut is before else None
-            state = self.observe(y, state)
-            gate = carry_weight = None
-            if self.cell is not None and carried is not None:
-                carried_gap = (gap(carried) if carried_gap is None else carried_gap)[:, None]
-                gate = self.refresh(carried_gap, torch.ones_like(carried_gap), state)[:, 0]
-                carry_weight = None if self.carry_conv is None else self.carry_conv.weight
-            x, x_gap, o, o_gap = attention(x, y, carried, gate, carry_weight)
+            state, gate = self.observe(y, carried, carried_gap, state)
+            x, x_gap, o, o_gap = attention(
+                x, y, carried, gate, None if carried is None else carry_weight, carries_output and not last
+            )
             carried, carried_gap = o, o_gap
         return x
+
+    def observe(
+        self, y: Tensor, carried: Tensor | None, carried_gap: Tensor | None, state: State | None
+    ) -> tuple[State | None, Tensor | None]:
+        """The state after a block whose map has the GAP y [B, C], and the gate [B, C] of what it carries on."""
+        if self.cell is None:
+            return None, None
+        state = state or self.cell.initial_state(y)
+        if carried is None:
+            return self.cell(y, state), None
+        carried_gap = gap(carried) if carried_gap is None else carried_gap
+        if self.config.context == "own":
+            return self.cell.observe_and_gate(y, carried_gap, state, self.config.gate)
+        state, pooled = self.cell(y, state), carried_gap[:, None]
+        return state, self.refresh(pooled, torch.ones_like(pooled), state)[:, 0]
 
 
 INTERACTIONS = ("lii", "mrla_b", "mrla_l", "dla_b", "dla_l")

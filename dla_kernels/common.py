@@ -71,6 +71,11 @@ def moments(o: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
+def as_stored(o: Tensor, dtype: torch.dtype) -> Tensor:
+    """``o`` with the values that a map of ``dtype`` keeps of it, in its own precision; its gradient is not rounded."""
+    return o if o.dtype == dtype else o + (o.to(dtype).to(o.dtype) - o).detach()
+
+
 def merge_moments(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
     """Batch statistics from each sample's: [B, C] twice -> [C] twice.
 

@@ -30,4 +30,3 @@ class DsuWeights(NamedTuple):
         """The single weights, as views."""
         sizes = [torch.Size(s).numel() for s in self.shapes]
         return tuple(w.view(s) for w, s in zip(self.packed.split(sizes), self.shapes, strict=True))
-

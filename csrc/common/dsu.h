@@ -6,13 +6,13 @@
 // would grow with the square of a stage's depth.
 template <class A>
 struct DsuStep {
-    Scratch<A> reduced_y;  // [M, reduced_y], after the ReLU
-    Scratch<A> reduced_h;  // [B, reduced_h], in the split form after the ReLU
+    Scratch<A> reduced_y;  // [M, R], after the ReLU
+    Scratch<A> reduced_h;  // [B, R], in the split form after the ReLU
     Scratch<A> gates;      // [M, 3C]: the sigmoids and the tanh
     Scratch<A> context;    // [M, C]
 
     explicit DsuStep(const Dsu<A>& d)
-        : reduced_y(d.M() * d.reduced_y), reduced_h(d.B * d.reduced_h), gates(d.M() * 3 * d.C), context(d.M() * d.C) {}
+        : reduced_y(d.M() * d.R), reduced_h(d.B * d.R), gates(d.M() * 3 * d.C), context(d.M() * d.C) {}
 };
 
 template <class A>
@@ -49,14 +49,13 @@ inline Vec<A> activation_slope(Activation activation, Vec<A> c) {
 template <class A>
 void dsu_forward(const Dsu<A>& d, const A* y, const A* h, const A* c, const DsuStep<A>& step) {
     const int64_t B = d.B, C = d.C, M = d.M();
-    linear(B, d.reduced_h, C, h, d.reduce_h, static_cast<const A*>(nullptr), 1, !d.joint, step.reduced_h.get());
-    linear(M, d.reduced_y, C, y, d.reduce_y, d.joint ? step.reduced_h.get() : nullptr, d.T, true, step.reduced_y.get());
+    linear(B, d.R, C, h, d.reduce_h, static_cast<const A*>(nullptr), 1, !d.joint, step.reduced_h.get());
+    linear(M, d.R, C, y, d.reduce_y, d.joint ? step.reduced_h.get() : nullptr, d.T, true, step.reduced_y.get());
     const Scratch<A> from_h(d.joint ? 0 : B * 3 * C);
     if (!d.joint) {
-        linear(B, 3 * C, d.reduced_h, step.reduced_h.get(), d.expand_h, static_cast<const A*>(nullptr), 1, false,
-               from_h.get());
+        linear(B, 3 * C, d.R, step.reduced_h.get(), d.expand_h, static_cast<const A*>(nullptr), 1, false, from_h.get());
     }
-    linear(M, 3 * C, d.reduced_y, step.reduced_y.get(), d.expand_y, d.joint ? nullptr : from_h.get(), d.T, false,
+    linear(M, 3 * C, d.R, step.reduced_y.get(), d.expand_y, d.joint ? nullptr : from_h.get(), d.T, false,
            step.gates.get());
     parallel(M, 16 * C, [&](int64_t begin, int64_t end) {
         for (int64_t m = begin; m < end; ++m) {
@@ -80,7 +79,7 @@ void dsu_forward(const Dsu<A>& d, const A* y, const A* h, const A* c, const DsuS
 template <class A>
 void dsu_backward(const Dsu<A>& d, const A* y, const A* h, const A* c, const DsuStep<A>& step, const A* grad_context,
                   const Dsu<A>& grads, A* grad_y, A* grad_h, A* grad_c) {
-    const int64_t B = d.B, C = d.C, M = d.M(), R = d.reduced_y, R_h = d.reduced_h;
+    const int64_t B = d.B, C = d.C, M = d.M(), R = d.R;
     const Scratch<A> grad_gates(M * 3 * C), grad_c_rows(M * C);
     parallel(M, 16 * C, [&](int64_t begin, int64_t end) {
         for (int64_t m = begin; m < end; ++m) {
@@ -109,7 +108,7 @@ void dsu_backward(const Dsu<A>& d, const A* y, const A* h, const A* c, const Dsu
     product(M, C, R, grad_reduced.get(), R, 1, d.reduce_y.weight, d.reduce_y.pitch, grad_y, C);
 
     // h's branch sees the sums over the T rows that share an h.
-    const Scratch<A> grad_reduced_h(B * R_h);
+    const Scratch<A> grad_reduced_h(B * R);
     if (d.joint) {
         add_groups(B, d.T, R, grad_reduced.get(), grad_reduced_h.get());
     } else {
@@ -117,13 +116,13 @@ void dsu_backward(const Dsu<A>& d, const A* y, const A* h, const A* c, const Dsu
         const Scratch<A> grad_from_h(B * 3 * C);
         add_groups(B, d.T, 3 * C, grad_gates.get(), grad_from_h.get());
         std::copy_n(grads.expand_y.bias, 3 * C, grads.expand_h.bias);
-        product(3 * C, R_h, B, grad_from_h.get(), 1, 3 * C, step.reduced_h.get(), R_h, grads.expand_h.weight, R_h);
-        product(B, R_h, 3 * C, grad_from_h.get(), 3 * C, 1, d.expand_h.weight, R_h, grad_reduced_h.get(), R_h);
-        for (int64_t k = 0; k < B * R_h; ++k) {
+        product(3 * C, R, B, grad_from_h.get(), 1, 3 * C, step.reduced_h.get(), R, grads.expand_h.weight, R);
+        product(B, R, 3 * C, grad_from_h.get(), 3 * C, 1, d.expand_h.weight, R, grad_reduced_h.get(), R);
+        for (int64_t k = 0; k < B * R; ++k) {
             if (step.reduced_h[k] <= A(0)) grad_reduced_h[k] = A(0);
         }
-        add_rows(B, R_h, grad_reduced_h.get(), grads.reduce_h.bias);
+        add_rows(B, R, grad_reduced_h.get(), grads.reduce_h.bias);
     }
-    product(R_h, C, B, grad_reduced_h.get(), 1, R_h, h, C, grads.reduce_h.weight, grads.reduce_h.pitch);
-    product(B, C, R_h, grad_reduced_h.get(), R_h, 1, d.reduce_h.weight, d.reduce_h.pitch, grad_h, C);
+    product(R, C, B, grad_reduced_h.get(), 1, R, h, C, grads.reduce_h.weight, grads.reduce_h.pitch);
+    product(B, C, R, grad_reduced_h.get(), R, 1, d.reduce_h.weight, d.reduce_h.pitch, grad_h, C);
 }

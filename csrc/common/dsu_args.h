@@ -1,8 +1,6 @@
 // What the Dynamic Sharing Unit's kernels take: its weights, by what they do.
 #pragma once
 
-#include <array>
-
 #include "common/tensor.h"
 
 namespace dla {
@@ -23,7 +21,7 @@ struct Linear {
 //   split  gates = expand_y ReLU(reduce_y y) + expand_h ReLU(reduce_h h)
 template <class A>
 struct Dsu {
-    int64_t B, T, C, reduced_y, reduced_h;
+    int64_t B, T, C, R;
     bool joint;
     Activation activation;
     Linear<A> reduce_y, expand_y, reduce_h, expand_h;
@@ -35,30 +33,34 @@ struct Dsu {
     int64_t candidate() const { return joint ? 0 : 2 * C; }
 };
 
-// `weights` as the public ops take them: w1, w2, b2, or w1, b1, w2, b2 of y's branch and then of h's.
+// From all weights in one row: w1, w2, b2, or w1, b1, w2, b2 of y's branch and then of h's.
 template <class A>
-Dsu<A> dsu_of(int64_t B, int64_t T, int64_t C, const std::vector<Tensor>& weights, int64_t activation) {
-    std::array<A*, 8> w{};
-    for (size_t i = 0; i < weights.size(); ++i) w[i] = mutable_data_of<A>(weights[i]);
-    const int64_t r = weights[0].size(0);
+Dsu<A> dsu_of(int64_t B, int64_t T, int64_t C, A* packed, int64_t size, bool joint, int64_t activation) {
+    const auto take = [&](int64_t count) {
+        A* from = packed;
+        packed += count;
+        return from;
+    };
     const auto sigma = static_cast<Activation>(activation);
-    if (weights.size() == 3) {
-        return {B, T, C, r, r, true, sigma, {w[0] + C, 2 * C}, {w[1], r, w[2]}, {w[0], 2 * C}, {}};
+    if (joint) {
+        const int64_t R = (size - 3 * C) / (5 * C);
+        A *w1 = take(2 * C * R), *w2 = take(3 * C * R), *b2 = take(3 * C);
+        return {B, T, C, R, true, sigma, {w1 + C, 2 * C}, {w2, R, b2}, {w1, 2 * C}, {}};
     }
-    const int64_t r_h = weights[4].size(0);
-    return {B, T, C, r, r_h, false, sigma, {w[0], C, w[1]}, {w[2], r, w[3]}, {w[4], C, w[5]}, {w[6], r_h, w[7]}};
+    const int64_t R = (size - 6 * C) / (8 * C + 2);
+    Linear<A> layers[4];
+    for (int i = 0; i < 4; ++i) {
+        const bool reduces = i % 2 == 0;
+        layers[i] = {take(reduces ? C * R : 3 * C * R), reduces ? C : R, take(reduces ? R : 3 * C)};
+    }
+    return {B, T, C, R, false, sigma, layers[0], layers[1], layers[2], layers[3]};
 }
 
-inline std::vector<Tensor> all_dense(const std::vector<Tensor>& tensors) {
-    std::vector<Tensor> done;
-    for (const Tensor& tensor : tensors) done.push_back(dense(tensor));
-    return done;
-}
-
-inline std::vector<Tensor> all_empty_like(const std::vector<Tensor>& tensors) {
-    std::vector<Tensor> done;
-    for (const Tensor& tensor : tensors) done.push_back(torch::stable::empty_like(tensor));
-    return done;
+// The same for reading.
+template <class A>
+Dsu<A> dsu_of(int64_t B, int64_t T, int64_t C, const Tensor& weights, bool joint, int64_t activation) {
+    return dsu_of(B, T, C, static_cast<A*>(const_cast<void*>(weights.const_data_ptr())), weights.numel(), joint,
+                  activation);
 }
 
 }  // namespace dla

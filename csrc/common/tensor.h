@@ -46,6 +46,10 @@ inline Tensor in_layout(const Tensor& x, bool channels_last) {
     return torch::stable::contiguous(x);
 }
 
+inline std::optional<Tensor> in_layout(const std::optional<Tensor>& x, bool channels_last) {
+    return x ? std::optional<Tensor>(in_layout(*x, channels_last)) : std::nullopt;
+}
+
 // x as it is where a kernel can walk it, else a copy: the only copies of maps are made here and in in_layout.
 inline Tensor walkable(const Tensor& x) {
     return x.numel() == 0 || is_channels_last(x) || is_planar(x) ? x : torch::stable::contiguous(x);
@@ -87,6 +91,12 @@ A* mutable_data_of(const Tensor& x) {
 // Uninitialised, of the dtype of `like`.
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes) {
     return torch::stable::new_empty(like, {sizes.begin(), sizes.size()});
+}
+
+// Uninitialised, of the dtype of recurrent state beside the map.
+inline Tensor new_state(const Tensor& map, std::initializer_list<int64_t> sizes) {
+    const auto dtype = map.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    return torch::stable::new_empty(map, {sizes.begin(), sizes.size()}, dtype);
 }
 
 // Calls body with a null pointer to the map's element type, of which the two 16-bit ones have names of their own on

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(WalkPlan::kThreads) pool(const Pool<T> a, cons
 }
 
 template <class A>
-__global__ void __launch_bounds__(kDsuThreads<A>) forward(const GapDsuForward<A> a, const DsuPhases phases) {
+__global__ void __launch_bounds__(kDsuThreads<A>, 1) forward(const GapDsuForward<A> a, const DsuPhases phases) {
     const Dsu<A>& d = a.dsu;
     const DsuRows rows(a.B);
     phases.run(0, [&] { dsu_reduce(d, rows, a.y, a.h, 1, a.hidden); });
@@ -89,7 +89,7 @@ constexpr DsuPhases kOneStep = {1u << kReduce | 1u << kGate | 1u << kHidden | 1u
 constexpr DsuPhases kTwoSteps = {(1u << (kInput + 1)) - 1};
 
 template <class A>
-__global__ void __launch_bounds__(kDsuThreads<A>) backward(const Backward<A> both, const DsuPhases phases) {
+__global__ void __launch_bounds__(kDsuThreads<A>, 1) backward(const Backward<A> both, const DsuPhases phases) {
     const GapDsuBackward<A>& a = both.args;
     const Scratch<A>& at = both.at;
     const Dsu<A>& d = a.dsu;

@@ -42,16 +42,44 @@ void pool_rows(const Shape& s, const Map<const T>& x, Acc<T>* y) {
     for (int64_t i = 0; i < s.B * s.C; ++i) y[i] /= A(s.HW());
 }
 
+// A step's new context and hidden state, [B, C]; either may be null.
+template <class A>
+void read_state(const Dsu<A>& dsu, const DsuStep<A>& step, A* h, A* c) {
+    const int64_t size = dsu.M() * dsu.C;
+    for (int64_t i = 0; i < size; i += kLanes<A>) {
+        const Vec<A> context = load<A>(&step.context[i], size - i);
+        if (c) store<A>(c + i, context, size - i);
+        if (h) store<A>(h + i, activate<A>(dsu.activation, context), size - i);
+    }
+}
+
 template <class A>
 void forward(const GapDsuForward<A>& a) {
     const DsuStep<A> step(a.dsu);
-    const int64_t size = a.dsu.M() * a.dsu.C;
     dsu_forward(a.dsu, a.y, a.h, a.c, step);
+    read_state(a.dsu, step, a.new_h, a.new_c);
+    if (!a.carried) return;
+    dsu_forward(a.dsu, a.carried, a.new_h, a.new_c, step);
+    read_state(a.dsu, step, a.of_context ? nullptr : a.gate, a.of_context ? a.gate : nullptr);
+}
+
+// The gradient of a step's context, [B, C], from those of its hidden state and of itself; either may be null.
+template <class A>
+void context_gradient(const Dsu<A>& dsu, const DsuStep<A>& step, const A* grad_h, const A* grad_c, A* grad) {
+    const int64_t size = dsu.M() * dsu.C;
     for (int64_t i = 0; i < size; i += kLanes<A>) {
-        const Vec<A> context = load<A>(&step.context[i], size - i);
-        store<A>(a.new_c + i, context, size - i);
-        store<A>(a.new_h + i, activate<A>(a.dsu.activation, context), size - i);
+        const int64_t n = size - i;
+        Vec<A> g = grad_c ? load<A>(grad_c + i, n) : Vec<A>{};
+        if (grad_h) {
+            g += load<A>(grad_h + i, n) * activation_slope<A>(dsu.activation, load<A>(&step.context[i], n));
+        }
+        store<A>(grad + i, g, n);
     }
+}
+
+template <class A>
+void add(const A* more, int64_t size, A* to) {
+    for (int64_t i = 0; more && i < size; ++i) to[i] += more[i];
 }
 
 template <class A>
@@ -60,15 +88,25 @@ void backward(const GapDsuBackward<A>& a) {
     const int64_t size = a.dsu.M() * a.dsu.C;
     dsu_forward(a.dsu, a.y, a.h, a.c, step);
     const Scratch<A> grad_context(size);
-    for (int64_t i = 0; i < size; i += kLanes<A>) {
-        Vec<A> grad = {};
-        if (a.grad_new_c) grad += load<A>(a.grad_new_c + i, size - i);
-        if (a.grad_new_h) {
-            const Vec<A> context = load<A>(&step.context[i], size - i);
-            grad += load<A>(a.grad_new_h + i, size - i) * activation_slope<A>(a.dsu.activation, context);
-        }
-        store<A>(&grad_context[i], grad, size - i);
+    if (!a.carried) {
+        context_gradient(a.dsu, step, a.grad_new_h, a.grad_new_c, grad_context.get());
+        dsu_backward(a.dsu, a.y, a.h, a.c, step, grad_context.get(), a.grads, a.grad_y, a.grad_h, a.grad_c);
+        return add(a.grad_of_y, size, a.grad_y);
     }
+    // First back through the carry's step, which adds to the gradients of the new state and of the weights.
+    const Scratch<A> new_h(size), new_c(size), grad_new_h(size), grad_new_c(size), first_weights(a.size);
+    read_state(a.dsu, step, new_h.get(), new_c.get());
+    const DsuStep<A> gating(a.dsu);
+    dsu_forward(a.dsu, a.carried, new_h.get(), new_c.get(), gating);
+    context_gradient(a.dsu, gating, a.of_context ? nullptr : a.grad_gate, a.of_context ? a.grad_gate : nullptr,
+                     grad_context.get());
+    dsu_backward(a.dsu, a.carried, new_h.get(), new_c.get(), gating, grad_context.get(), a.grads, a.grad_carried,
+                 grad_new_h.get(), grad_new_c.get());
+    std::copy_n(a.grad_weights, a.size, first_weights.get());
+    add(a.grad_new_h, size, grad_new_h.get());
+    add(a.grad_new_c, size, grad_new_c.get());
+    context_gradient(a.dsu, step, grad_new_h.get(), grad_new_c.get(), grad_context.get());
     dsu_backward(a.dsu, a.y, a.h, a.c, step, grad_context.get(), a.grads, a.grad_y, a.grad_h, a.grad_c);
-    for (int64_t i = 0; a.grad_of_y && i < size; ++i) a.grad_y[i] += a.grad_of_y[i];
+    add(first_weights.get(), a.size, a.grad_weights);
+    add(a.grad_of_y, size, a.grad_y);
 }

@@ -3,6 +3,7 @@
 #include <limits>
 #include <tuple>
 
+#include "common/normalisation.h"
 #include "common/runs.h"
 #include "common/tensor.h"
 
@@ -14,20 +15,28 @@ struct LayerAttentionForward {
     int64_t layers;
     const Map<const T>* values;  // [layers]
     const Acc<T>* weights;       // [B, layers, C], attention times gate
+    Map<T> o;                    // null where BatchNorm is folded
+    Acc<T>*mean, *var;           // [B, C], as o
+    Map<const T> x;              // the block's output is x + ReLU(scale * o + shift); null where it is not folded
     Map<T> out;
-    Acc<T>*mean, *var;  // [B, C]
+    const Acc<T>*scale, *shift;  // [C]
 };
 
 template <class T>
 struct LayerAttentionBackward {
     Shape shape;
-    int64_t layers;
-    Map<const T> grad_o, o;                    // o is null where its variance has no gradient
-    const Acc<T>*grad_mean, *grad_var, *mean;  // [B, C]; the first two may be null
-    const Map<const T>* values;                // [layers]
-    const Acc<T>* weights;                     // [B, layers, C], attention times gate
-    const Map<T>* grad_values;                 // [layers] or null
-    Acc<T>* products;                          // [B, layers, C], sum over H, W of o's gradient times the values
+    int64_t layers, later;
+    // The gradient of o is keep * scale * grad_out where the normalised map is positive, plus slope * (o - mean) +
+    // offset.
+    Map<const T> grad_out, o;
+    const Acc<T>* keep;                                 // [B] or null
+    const Acc<T>*mean, *scale, *bias, *slope, *offset;  // [C]
+    const Map<const T>* values;                         // [layers]
+    const Acc<T>* weights;                              // [B, layers, C], attention times gate
+    const Map<const T>* later_grads;                    // [later], the gradients of later layers' o
+    const Acc<T>* later_weights;                        // [B, later, C], theirs for this layer's value map
+    Map<T> grad_o, grad_value;                          // the latter may be null
+    Acc<T>* products;  // [B, layers, C], sum over H, W of o's gradient times the values
 };
 
 }  // namespace dla
@@ -60,13 +69,6 @@ Scratch<A> attention_of(int64_t B, int64_t layers, int64_t C, const A* q, const 
         }
     }
     return attention;
-}
-
-template <class A>
-Scratch<A> gated(const Scratch<A>& attention, const A* gates, int64_t size) {
-    Scratch<A> weights(size);
-    for (int64_t i = 0; i < size; ++i) weights[i] = attention[i] * gates[i];
-    return weights;
 }
 
 // The gradients of q, k and gates, from those of the weights (`products`).
@@ -110,6 +112,27 @@ std::vector<Map<T>> maps_of(const std::vector<Tensor>& tensors) {
     return maps;
 }
 
+// What the layers' maps are multiplied with, and what it is made of.
+template <class A>
+struct Weights {
+    Scratch<A> attention, gated;  // [B, layers, C]
+
+    Weights(const Tensor& q, const Tensor& k, const Tensor& gates, int64_t head_dim)
+        : attention(attention_of(k.size(0), k.size(1), k.size(2), data_of<A>(q), data_of<A>(k), head_dim)),
+          gated(k.numel()) {
+        for (int64_t i = 0; i < k.numel(); ++i) gated[i] = attention[i] * data_of<A>(gates)[i];
+    }
+};
+
+template <class T>
+void run_forward(const LayerAttentionForward<T>& args, bool channels_last) {
+    if (channels_last) {
+        DLA_ON_ISA(forward_rows<T>(args));
+    } else {
+        DLA_ON_ISA(forward_planes<T>(args));
+    }
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> layer_attention_forward(const Tensor& q_, const Tensor& k_,
@@ -119,72 +142,114 @@ std::tuple<Tensor, Tensor, Tensor> layer_attention_forward(const Tensor& q_, con
     const bool channels_last = is_channels_last(first);
     const auto values = all_in_layout(values_, channels_last);
     const Shape s = shape_of(first);
-    const int64_t layers = static_cast<int64_t>(values.size());
-    const Tensor out = torch::stable::empty_like(first);
+    const Tensor o = torch::stable::empty_like(first);
     const Tensor mean = new_tensor(q, {s.B, s.C}), var = new_tensor(q, {s.B, s.C});
     on_dtype(first, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
-        const auto attention = attention_of(s.B, layers, s.C, data_of<A>(q), data_of<A>(k), head_dim);
-        const auto weights = gated(attention, data_of<A>(gates), s.B * layers * s.C);
+        const Weights<A> weights(q, k, gates, head_dim);
         const auto maps = maps_of<const T>(values);
-        const LayerAttentionForward<T> args{
-            s, layers, maps.data(), weights.get(), map_of<T>(out), mutable_data_of<A>(mean), mutable_data_of<A>(var),
-        };
-        if (channels_last) {
-            DLA_ON_ISA(forward_rows<T>(args));
-        } else {
-            DLA_ON_ISA(forward_planes<T>(args));
-        }
+        LayerAttentionForward<T> args{s, k.size(1), maps.data(), weights.gated.get(), map_of<T>(o)};
+        args.mean = mutable_data_of<A>(mean);
+        args.var = mutable_data_of<A>(var);
+        run_forward(args, channels_last);
     });
-    return {out, mean, var};
+    return {o, mean, var};
 }
 
-// Gradients of q, k and gates, then of the values: none where they need none.
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> layer_attention_backward(
-    const Tensor& grad_o_, const std::optional<Tensor>& grad_mean_, const std::optional<Tensor>& grad_var_,
-    const Tensor& o_, const Tensor& mean_, const Tensor& q_, const Tensor& k_, const std::vector<Tensor>& values_,
-    const Tensor& gates_, int64_t head_dim, bool need_values) {
-    const Tensor q = dense(q_), k = dense(k_), gates = dense(gates_), mean = dense(mean_), o = walkable(o_);
-    const bool channels_last = is_channels_last(o);
-    const Tensor grad_o = in_layout(grad_o_, channels_last);
+// In inference: the block's output.
+Tensor layer_attention_folded(const Tensor& q_, const Tensor& k_, const std::vector<Tensor>& values_,
+                              const Tensor& gates_, const Tensor& x_, const Tensor& mean_, const Tensor& var_,
+                              const Tensor& weight_, const Tensor& bias_, double eps, int64_t head_dim) {
+    const Tensor q = dense(q_), k = dense(k_), gates = dense(gates_), x = walkable(x_);
+    const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
+    const bool channels_last = is_channels_last(x);
     const auto values = all_in_layout(values_, channels_last);
-    const auto grad_mean = dense(grad_mean_), grad_var = dense(grad_var_);
-    const Shape s = shape_of(grad_o);
-    const int64_t layers = static_cast<int64_t>(values.size());
-    const Tensor grad_q = torch::stable::empty_like(q), grad_k = torch::stable::empty_like(k);
-    const Tensor grad_gates = torch::stable::empty_like(gates);
-    std::vector<Tensor> grad_values;
-    for (int64_t m = 0; need_values && m < layers; ++m) grad_values.push_back(torch::stable::empty_like(o));
-    on_dtype(grad_o, [&](auto* type) {
+    const Shape s = shape_of(x);
+    const Tensor out = torch::stable::empty_like(x);
+    on_dtype(x, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
-        const A *q_data = data_of<A>(q), *k_data = data_of<A>(k), *gates_data = data_of<A>(gates);
-        const auto attention = attention_of(s.B, layers, s.C, q_data, k_data, head_dim);
-        const auto weights = gated(attention, gates_data, s.B * layers * s.C);
-        const Scratch<A> products(s.B * layers * s.C);
+        const Weights<A> weights(q, k, gates, head_dim);
+        const FoldedNorm<A> norm(s.C, data_of<A>(mean), data_of<A>(var), data_of<A>(weight), data_of<A>(bias), eps);
         const auto maps = maps_of<const T>(values);
-        const auto grad_maps = maps_of<T>(grad_values);
+        LayerAttentionForward<T> args{s, k.size(1), maps.data(), weights.gated.get()};
+        args.x = map_of<const T>(x);
+        args.out = map_of<T>(out);
+        args.scale = norm.scale.get();
+        args.shift = norm.shift.get();
+        run_forward(args, channels_last);
+    });
+    return out;
+}
+
+// The backward of the whole block, out = x + keep * ReLU(BatchNorm(o)): gradients of q, k and gates; that of o and the
+// weights of the layers, which are an earlier layer's part of its value map's gradient; and, where it is needed, that
+// of the layer's own value map, the last one, over this layer and all later ones.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_attention_backward(
+    const Tensor& grad_out_, const Tensor& o_, const Tensor& mean_, const Tensor& var_, const Tensor& weight_,
+    const Tensor& bias_, const std::optional<Tensor>& sum_weight_, const std::optional<Tensor>& sum_bias_,
+    const std::optional<Tensor>& keep_, double eps, int64_t count, const Tensor& q_, const Tensor& k_,
+    const std::vector<Tensor>& values_, const Tensor& gates_, const std::vector<Tensor>& later_grads_,
+    const std::vector<Tensor>& later_weights_, int64_t head_dim, bool need_value) {
+    const Tensor q = dense(q_), k = dense(k_), gates = dense(gates_), o = walkable(o_);
+    const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
+    const auto sum_weight = dense(sum_weight_), sum_bias = dense(sum_bias_), keep = dense(keep_);
+    const bool channels_last = is_channels_last(o);
+    const Tensor grad_out = in_layout(grad_out_, channels_last);
+    const auto values = all_in_layout(values_, channels_last), later_grads = all_in_layout(later_grads_, channels_last);
+    const Shape s = shape_of(o);
+    const int64_t layers = k.size(1), later = static_cast<int64_t>(later_grads.size());
+    const Tensor grad_q = torch::stable::empty_like(q), grad_k = torch::stable::empty_like(k);
+    const Tensor grad_gates = torch::stable::empty_like(gates), weights = torch::stable::empty_like(gates);
+    const Tensor grad_o = torch::stable::empty_like(o);
+    const Tensor grad_value = need_value ? torch::stable::empty_like(o) : new_tensor(o, {0});
+    on_dtype(o, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using A = Acc<T>;
+        const Weights<A> own(q, k, gates, head_dim);
+        std::copy_n(own.gated.get(), k.numel(), mutable_data_of<A>(weights));
+        const Scratch<A> of_later(s.B * later * s.C);
+        for (int64_t l = 0; l < later; ++l) {
+            const Tensor dense_weights = dense(later_weights_[l]);
+            const int64_t T_l = dense_weights.size(1);
+            for (int64_t b = 0; b < s.B; ++b) {
+                std::copy_n(data_of<A>(dense_weights) + (b * T_l + layers - 1) * s.C, s.C,
+                            &of_later[(b * later + l) * s.C]);
+            }
+        }
+        const NormGradient<A> norm(s.C, data_of<A>(mean), data_of<A>(var), data_of<A>(weight), data_of<A>(sum_weight),
+                                   data_of<A>(sum_bias), eps, count);
+        const Scratch<A> products(k.numel());
+        const auto maps = maps_of<const T>(values), later_maps = maps_of<const T>(later_grads);
         const LayerAttentionBackward<T> args{s,
                                              layers,
-                                             map_of<const T>(grad_o),
-                                             grad_var ? map_of<const T>(o) : Map<const T>{},
-                                             data_of<A>(grad_mean),
-                                             data_of<A>(grad_var),
-                                             data_of<A>(mean),
+                                             later,
+                                             map_of<const T>(grad_out),
+                                             map_of<const T>(o),
+                                             data_of<A>(keep),
+                                             norm.mean,
+                                             norm.scale.get(),
+                                             data_of<A>(bias),
+                                             norm.slope.get(),
+                                             norm.offset.get(),
                                              maps.data(),
-                                             weights.get(),
-                                             need_values ? grad_maps.data() : nullptr,
+                                             own.gated.get(),
+                                             later_maps.data(),
+                                             of_later.get(),
+                                             map_of<T>(grad_o),
+                                             need_value ? map_of<T>(grad_value) : Map<T>{},
                                              products.get()};
         if (channels_last) {
             DLA_ON_ISA(backward_rows<T>(args));
         } else {
             DLA_ON_ISA(backward_planes<T>(args));
         }
-        vector_gradients(s.B, layers, s.C, head_dim, attention, products.get(), q_data, k_data, gates_data,
-                         mutable_data_of<A>(grad_q), mutable_data_of<A>(grad_k), mutable_data_of<A>(grad_gates));
+        vector_gradients(s.B, layers, s.C, head_dim, own.attention, products.get(), data_of<A>(q), data_of<A>(k),
+                         data_of<A>(gates), mutable_data_of<A>(grad_q), mutable_data_of<A>(grad_k),
+                         mutable_data_of<A>(grad_gates));
     });
-    return {grad_q, grad_k, grad_gates, grad_values};
+    return {grad_q, grad_k, grad_gates, grad_o, weights, grad_value};
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dla_kernels, m) {
@@ -192,13 +257,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dla_kernels, m) {
         "layer_attention_forward(Tensor q, Tensor k, Tensor[] values, Tensor gates, int head_dim) -> "
         "(Tensor, Tensor, Tensor)");
     m.def(
-        "layer_attention_backward(Tensor grad_o, Tensor? grad_mean, Tensor? grad_var, Tensor o, Tensor mean, "
-        "Tensor q, Tensor k, Tensor[] values, Tensor gates, int head_dim, bool need_values) -> "
-        "(Tensor, Tensor, Tensor, Tensor[])");
+        "layer_attention_folded(Tensor q, Tensor k, Tensor[] values, Tensor gates, Tensor x, Tensor mean, Tensor var, "
+        "Tensor weight, Tensor bias, float eps, int head_dim) -> Tensor");
+    m.def(
+        "layer_attention_backward(Tensor grad_out, Tensor o, Tensor mean, Tensor var, Tensor weight, Tensor bias, "
+        "Tensor? sum_weight, Tensor? sum_bias, Tensor? keep, float eps, SymInt count, Tensor q, Tensor k, "
+        "Tensor[] values, Tensor gates, Tensor[] later_grads, Tensor[] later_weights, int head_dim, bool need_value) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dla_kernels, CPU, m) {
     m.impl("layer_attention_forward", TORCH_BOX(&layer_attention_forward));
+    m.impl("layer_attention_folded", TORCH_BOX(&layer_attention_folded));
     m.impl("layer_attention_backward", TORCH_BOX(&layer_attention_backward));
 }
 

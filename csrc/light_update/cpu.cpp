@@ -2,6 +2,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "common/normalisation.h"
 #include "common/runs.h"
 #include "common/tensor.h"
 
@@ -24,8 +25,11 @@ template <class T>
 struct LightUpdateForward : LightUpdateWeights<Acc<T>> {
     Shape shape;
     Map<const T> x, carried;
-    Map<T> out;
-    Acc<T>*mean, *var;  // [B, C]
+    Map<T> o;                    // null where it is not needed
+    Acc<T>*mean, *var;           // [B, C] of o; no variance where BatchNorm is folded
+    Map<T> out;                  // x + scale * o + shift where BatchNorm is folded, else null
+    Acc<T>* out_mean;            // [B, C]
+    const Acc<T>*scale, *shift;  // [C]
 };
 
 // For every sample, tap and channel the sum of x (9) and of carried (9) times o's gradient, shifted by the tap. All
@@ -35,8 +39,11 @@ constexpr int kProducts = 18;
 template <class T>
 struct LightUpdateBackward : LightUpdateWeights<Acc<T>> {
     Shape shape;
-    Map<const T> grad_o, o;                    // o is null where its variance has no gradient
-    const Acc<T>*grad_mean, *grad_var, *mean;  // [B, C]; the first two may be null
+    // The gradient of o is factor * grad_out + slope * (o - mean) + offset, plus grad_o, which may be null; that of x
+    // takes grad_out + residual besides what flows through the filters.
+    Map<const T> grad_out, grad_o, o;
+    const Acc<T>*factor, *offset, *residual;  // [B, C]
+    const Acc<T>*slope, *mean;                // [C]
     Map<const T> x, carried;
     Map<T> grad_x, grad_carried;  // either may be null
     Acc<T>* products;             // [B, 18, C]
@@ -64,36 +71,95 @@ inline auto carried_filter(const Args& a, int64_t b, int64_t c, int t) {
 namespace dla {
 namespace {
 
-// sigmoid(q k^T / sqrt(head_dim)) for all channels of a head, [B, C].
+// out [B, C]: y slid under a filter of K taps along the channels, zero-padded; `reversed` for the gradient.
 template <class A>
-Scratch<A> attention_of(const Shape& s, const A* q, const A* k, int64_t head_dim) {
-    Scratch<A> attention(s.B * s.C);
-    for (int64_t i = 0; i < s.B * s.C; i += head_dim) {
-        A score = 0;
-        for (int64_t j = i; j < i + head_dim; ++j) score += q[j] * k[j];
-        std::fill_n(&attention[i], head_dim, A(1) / (A(1) + std::exp(-score / std::sqrt(A(head_dim)))));
+void slide(const Shape& s, const A* y, const A* filter, int64_t K, bool reversed, A* out) {
+    for (int64_t b = 0; b < s.B; ++b) {
+        for (int64_t c = 0; c < s.C; ++c) {
+            A total = 0;
+            for (int64_t j = 0; j < K; ++j) {
+                const int64_t from = c + j - K / 2;
+                if (from >= 0 && from < s.C) total += filter[reversed ? K - 1 - j : j] * y[b * s.C + from];
+            }
+            out[b * s.C + c] += total;
+        }
     }
-    return attention;
 }
 
-// The gradients of all vectors and filters, from the products; pointers to those that are not there are null.
+// The attention of each head, for all of its channels, and what it is made of.
 template <class A>
-struct VectorGradients {
-    A *q, *k, *value_weight, *carry_scale, *gate, *carry_weight;
+struct Attention {
+    const Shape& s;
+    int64_t K, head_dim;
+    const A *y, *query_weight, *key_weight;
+    Scratch<A> q, k, weights;  // [B, C]
 
-    void from(const LightUpdateWeights<A>& w, const Shape& s, const A* products, const A* q_, const A* k_,
-              int64_t head_dim) const {
+    Attention(const Shape& s, const Tensor& y, const Tensor& query_weight, const Tensor& key_weight, int64_t head_dim)
+        : s(s),
+          K(query_weight.size(2)),
+          head_dim(head_dim),
+          y(data_of<A>(y)),
+          query_weight(data_of<A>(query_weight)),
+          key_weight(data_of<A>(key_weight)),
+          q(s.B * s.C, A(0)),
+          k(s.B * s.C, A(0)),
+          weights(s.B * s.C) {
+        slide(s, this->y, this->query_weight, K, false, q.get());
+        slide(s, this->y, this->key_weight, K, false, k.get());
+        for (int64_t i = 0; i < s.B * s.C; i += head_dim) {
+            A score = 0;
+            for (int64_t j = i; j < i + head_dim; ++j) score += q[j] * k[j];
+            std::fill_n(&weights[i], head_dim, A(1) / (A(1) + std::exp(-score / std::sqrt(A(head_dim)))));
+        }
+    }
+
+    // grad [B, C], of each channel's weight -> those of y, query_weight and key_weight.
+    void backward(const A* grad, A* grad_y, A* grad_query_weight, A* grad_key_weight) const {
+        const int64_t size = s.B * s.C;
+        const Scratch<A> grad_q(size), grad_k(size);
+        for (int64_t i = 0; i < size; i += head_dim) {
+            A of_score = 0;
+            for (int64_t j = i; j < i + head_dim; ++j) of_score += grad[j];
+            of_score *= weights[i] * (A(1) - weights[i]) / std::sqrt(A(head_dim));
+            for (int64_t j = i; j < i + head_dim; ++j) {
+                grad_q[j] = of_score * k[j];
+                grad_k[j] = of_score * q[j];
+            }
+        }
+        std::fill_n(grad_y, size, A(0));
+        slide(s, grad_q.get(), query_weight, K, true, grad_y);
+        slide(s, grad_k.get(), key_weight, K, true, grad_y);
+        for (int64_t j = 0; j < K; ++j) {
+            A of_query = 0, of_key = 0;
+            const int64_t shift = j - K / 2;
+            for (int64_t b = 0; b < s.B; ++b) {
+                for (int64_t c = std::max<int64_t>(0, -shift); c < std::min(s.C, s.C - shift); ++c) {
+                    of_query += grad_q[b * s.C + c] * y[b * s.C + c + shift];
+                    of_key += grad_k[b * s.C + c] * y[b * s.C + c + shift];
+                }
+            }
+            grad_query_weight[j] = of_query;
+            grad_key_weight[j] = of_key;
+        }
+    }
+};
+
+// The gradients of all filters and vectors, from the products; pointers to those that are not there are null.
+template <class A>
+struct FilterGradients {
+    A *attention, *value_weight, *carry_scale, *gate, *carry_weight;
+
+    void from(const LightUpdateWeights<A>& w, const Shape& s, const A* products) const {
         std::fill_n(value_weight, 9 * s.C, A(0));
         if (carry_scale) std::fill_n(carry_scale, s.C, A(0));
         if (carry_weight) std::fill_n(carry_weight, 9 * s.C, A(0));
-        const Scratch<A> of_attention(s.C);
+        std::fill_n(attention, s.B * s.C, A(0));
         for (int64_t b = 0; b < s.B; ++b) {
             const A* x = products + b * kProducts * s.C;
             const A* carried = x + 9 * s.C;
-            std::fill_n(of_attention.get(), s.C, A(0));
             for (int t = 0; t < 9; ++t) {
                 for (int64_t c = 0; c < s.C; ++c) {
-                    of_attention[c] += w.value_weight[c * 9 + t] * x[t * s.C + c];
+                    attention[b * s.C + c] += w.value_weight[c * 9 + t] * x[t * s.C + c];
                     value_weight[c * 9 + t] += w.attention[b * s.C + c] * x[t * s.C + c];
                 }
             }
@@ -106,123 +172,201 @@ struct VectorGradients {
                     carry_weight[c * 9 + t] += w.carry_scale[c] * carried[t * s.C + c];
                 }
             }
-            for (int64_t c = 0; c < s.C; c += head_dim) {
-                A grad = 0;
-                for (int64_t j = c; j < c + head_dim; ++j) grad += of_attention[j];
-                const A attention = w.attention[b * s.C + c];
-                grad *= attention * (A(1) - attention) / std::sqrt(A(head_dim));
-                for (int64_t j = b * s.C + c; j < b * s.C + c + head_dim; ++j) {
-                    q[j] = grad * k_[j];
-                    k[j] = grad * q_[j];
-                }
-            }
         }
     }
 };
 
+// All arguments but x, ready for the kernels.
+struct Inputs {
+    Tensor y, query_weight, key_weight, value_weight;
+    std::optional<Tensor> carried, carry_scale, gate, carry_weight;
+
+    template <class A>
+    LightUpdateWeights<A> weights(const Attention<A>& attention) const {
+        return {attention.weights.get(), data_of<A>(value_weight), data_of<A>(carry_scale), data_of<A>(gate),
+                data_of<A>(carry_weight)};
+    }
+};
+
+template <class T>
+Map<const T> map_if(const std::optional<Tensor>& t) {
+    return t ? map_of<const T>(*t) : Map<const T>{};
+}
+
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> light_update_forward(const Tensor& x_, const Tensor& q_, const Tensor& k_,
-                                                        const Tensor& value_weight_,
-                                                        const std::optional<Tensor>& carried_,
-                                                        const std::optional<Tensor>& carry_scale_,
-                                                        const std::optional<Tensor>& gate_,
-                                                        const std::optional<Tensor>& carry_weight_, int64_t head_dim) {
-    const Tensor x = walkable(x_), q = dense(q_), k = dense(k_), value_weight = dense(value_weight_);
+std::tuple<Tensor, Tensor, Tensor> light_update_forward(const Tensor& x_, const Tensor& y, const Tensor& query_weight,
+                                                        const Tensor& key_weight, const Tensor& value_weight,
+                                                        const std::optional<Tensor>& carried,
+                                                        const std::optional<Tensor>& carry_scale,
+                                                        const std::optional<Tensor>& gate,
+                                                        const std::optional<Tensor>& carry_weight, int64_t head_dim) {
+    const Tensor x = walkable(x_);
     const bool channels_last = is_channels_last(x);
-    std::optional<Tensor> carried;
-    if (carried_) carried = in_layout(*carried_, channels_last);
-    const auto carry_scale = dense(carry_scale_), gate = dense(gate_), carry_weight = dense(carry_weight_);
+    const Inputs in{dense(y),
+                    dense(query_weight),
+                    dense(key_weight),
+                    dense(value_weight),
+                    in_layout(carried, channels_last),
+                    dense(carry_scale),
+                    dense(gate),
+                    dense(carry_weight)};
     const Shape s = shape_of(x);
-    const Tensor out = torch::stable::empty_like(x), mean = new_tensor(q, {s.B, s.C}), var = new_tensor(q, {s.B, s.C});
+    const Tensor o = torch::stable::empty_like(x), mean = new_tensor(y, {s.B, s.C}), var = new_tensor(y, {s.B, s.C});
     on_dtype(x, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
-        const Scratch<A> attention = attention_of(s, data_of<A>(q), data_of<A>(k), head_dim);
-        const LightUpdateForward<T> args{{attention.get(), data_of<A>(value_weight), data_of<A>(carry_scale),
-                                          data_of<A>(gate), data_of<A>(carry_weight)},
-                                         s,
-                                         map_of<const T>(x),
-                                         carried ? map_of<const T>(*carried) : Map<const T>{},
-                                         map_of<T>(out),
-                                         mutable_data_of<A>(mean),
+        const Attention<A> attention(s, in.y, in.query_weight, in.key_weight, head_dim);
+        const LightUpdateForward<T> args{in.weights(attention),  s,
+                                         map_of<const T>(x),     map_if<T>(in.carried),
+                                         map_of<T>(o),           mutable_data_of<A>(mean),
                                          mutable_data_of<A>(var)};
         if (s.B * s.C > 0) DLA_ON_ISA(forward<T>(args, channels_last));
     });
-    return {out, mean, var};
+    return {o, mean, var};
 }
 
-// Gradients of x, q, k, value_weight, carried, carry_scale, gate and carry_weight; an empty tensor stands for one that
-// is not there or not needed. x and carried may be missing where no vector's gradient is needed.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> light_update_backward(
-    const Tensor& grad_o_, const std::optional<Tensor>& grad_mean_, const std::optional<Tensor>& grad_var_,
-    const Tensor& o_, const Tensor& mean_, const std::optional<Tensor>& x_, const Tensor& q_, const Tensor& k_,
-    const Tensor& value_weight_, const std::optional<Tensor>& carried_, const std::optional<Tensor>& carry_scale_,
-    const std::optional<Tensor>& gate_, const std::optional<Tensor>& carry_weight_, int64_t head_dim, bool need_x,
-    bool need_carried) {
-    const Tensor o = walkable(o_), mean = dense(mean_), q = dense(q_), k = dense(k_);
-    const Tensor value_weight = dense(value_weight_);
-    const bool channels_last = is_channels_last(o);
-    const Tensor grad_o = in_layout(grad_o_, channels_last);
-    const auto grad_mean = dense(grad_mean_), grad_var = dense(grad_var_);
-    const auto carry_scale = dense(carry_scale_), gate = dense(gate_), carry_weight = dense(carry_weight_);
-    // A map that is missing wants no products: those with any map at hand are computed in its place, and not used.
-    const Tensor x = x_ ? in_layout(*x_, channels_last) : grad_o;
-    const Tensor carried = carried_ ? in_layout(*carried_, channels_last) : grad_o;
-    const Shape s = shape_of(grad_o);
-    const auto map_if = [&](bool need) { return need ? torch::stable::empty_like(o) : new_tensor(o, {0}); };
-    const auto like = [&](const std::optional<Tensor>& t) {
-        return t ? torch::stable::empty_like(*t) : new_tensor(q, {0});
-    };
-    const Tensor grad_x = map_if(need_x), grad_carried = map_if(need_carried);
-    const Tensor grad_q = like(q), grad_k = like(k), grad_value_weight = like(value_weight);
-    const Tensor grad_carry_scale = like(carry_scale), grad_gate = like(gate), grad_carry_weight = like(carry_weight);
-    on_dtype(grad_o, [&](auto* type) {
+// In inference: the block's output, its GAP, o where it is needed, and o's GAP.
+std::tuple<Tensor, Tensor, Tensor, Tensor> light_update_folded(
+    const Tensor& x_, const Tensor& y, const Tensor& query_weight, const Tensor& key_weight, const Tensor& value_weight,
+    const std::optional<Tensor>& carried, const std::optional<Tensor>& carry_scale, const std::optional<Tensor>& gate,
+    const std::optional<Tensor>& carry_weight, const Tensor& mean_, const Tensor& var_, const Tensor& weight_,
+    const Tensor& bias_, double eps, int64_t head_dim, bool need_o) {
+    const Tensor x = walkable(x_);
+    const bool channels_last = is_channels_last(x);
+    const Inputs in{dense(y),
+                    dense(query_weight),
+                    dense(key_weight),
+                    dense(value_weight),
+                    in_layout(carried, channels_last),
+                    dense(carry_scale),
+                    dense(gate),
+                    dense(carry_weight)};
+    const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
+    const Shape s = shape_of(x);
+    const Tensor out = torch::stable::empty_like(x), o = need_o ? torch::stable::empty_like(x) : new_tensor(x, {0});
+    const Tensor out_mean = new_tensor(y, {s.B, s.C}), o_mean = new_tensor(y, {s.B, s.C});
+    on_dtype(x, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
-        const A *q_data = data_of<A>(q), *k_data = data_of<A>(k);
-        const Scratch<A> attention = attention_of(s, q_data, k_data, head_dim), products(s.B * kProducts * s.C);
-        const LightUpdateBackward<T> args{{attention.get(), data_of<A>(value_weight), data_of<A>(carry_scale),
-                                           data_of<A>(gate), data_of<A>(carry_weight)},
+        const Attention<A> attention(s, in.y, in.query_weight, in.key_weight, head_dim);
+        const FoldedNorm<A> norm(s.C, data_of<A>(mean), data_of<A>(var), data_of<A>(weight), data_of<A>(bias), eps);
+        const LightUpdateForward<T> args{in.weights(attention),
+                                         s,
+                                         map_of<const T>(x),
+                                         map_if<T>(in.carried),
+                                         need_o ? map_of<T>(o) : Map<T>{},
+                                         mutable_data_of<A>(o_mean),
+                                         nullptr,
+                                         map_of<T>(out),
+                                         mutable_data_of<A>(out_mean),
+                                         norm.scale.get(),
+                                         norm.shift.get()};
+        if (s.B * s.C > 0) DLA_ON_ISA(forward<T>(args, channels_last));
+    });
+    return {out, out_mean, o, o_mean};
+}
+
+// The backward of the whole block, out = x + keep * BatchNorm(o), from the gradients of out, its GAP, o and its GAP:
+// those of x, y, query_weight, key_weight, value_weight, carried, carry_scale, gate and carry_weight; an empty tensor
+// stands for one that is not there or not needed.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> light_update_backward(
+    const Tensor& grad_out_, const std::optional<Tensor>& grad_out_mean_, const std::optional<Tensor>& grad_o_,
+    const std::optional<Tensor>& grad_o_mean_, const Tensor& o_, const Tensor& mean_, const Tensor& var_,
+    const Tensor& weight_, const std::optional<Tensor>& sum_weight_, const std::optional<Tensor>& sum_bias_,
+    const std::optional<Tensor>& keep_, double eps, int64_t count, const Tensor& x_, const Tensor& y,
+    const Tensor& query_weight, const Tensor& key_weight, const Tensor& value_weight,
+    const std::optional<Tensor>& carried, const std::optional<Tensor>& carry_scale, const std::optional<Tensor>& gate,
+    const std::optional<Tensor>& carry_weight, int64_t head_dim, bool need_x, bool need_carried) {
+    const Tensor o = walkable(o_);
+    const bool channels_last = is_channels_last(o);
+    const Tensor grad_out = in_layout(grad_out_, channels_last), x = in_layout(x_, channels_last);
+    const auto grad_o = in_layout(grad_o_, channels_last);
+    const Inputs in{dense(y),
+                    dense(query_weight),
+                    dense(key_weight),
+                    dense(value_weight),
+                    in_layout(carried, channels_last),
+                    dense(carry_scale),
+                    dense(gate),
+                    dense(carry_weight)};
+    const auto grad_out_mean = dense(grad_out_mean_), grad_o_mean = dense(grad_o_mean_);
+    const auto sum_weight = dense(sum_weight_), sum_bias = dense(sum_bias_), keep = dense(keep_);
+    const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_);
+    const Shape s = shape_of(o);
+    const auto new_map = [&](bool need) { return need ? torch::stable::empty_like(o) : new_tensor(o, {0}); };
+    const auto like = [&](const std::optional<Tensor>& t) {
+        return t ? torch::stable::empty_like(*t) : new_tensor(y, {0});
+    };
+    const Tensor grad_x = new_map(need_x), grad_carried = new_map(need_carried);
+    const Tensor grad_y = like(in.y), grad_query_weight = like(in.query_weight), grad_key_weight = like(in.key_weight);
+    const Tensor grad_value_weight = like(in.value_weight), grad_carry_scale = like(in.carry_scale);
+    const Tensor grad_gate = like(in.gate), grad_carry_weight = like(in.carry_weight);
+    on_dtype(o, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using A = Acc<T>;
+        const Attention<A> attention(s, in.y, in.query_weight, in.key_weight, head_dim);
+        const NormGradient<A> norm(s.C, data_of<A>(mean), data_of<A>(var), data_of<A>(weight), data_of<A>(sum_weight),
+                                   data_of<A>(sum_bias), eps, count);
+        const int64_t size = s.B * s.C;
+        const A *of_out = data_of<A>(grad_out_mean), *of_o = data_of<A>(grad_o_mean), *kept = data_of<A>(keep);
+        const Scratch<A> factor(size), offset(size), residual(size), grad_attention(size), products(kProducts * size);
+        for (int64_t i = 0; i < size; ++i) {
+            const int64_t c = i % s.C;
+            factor[i] = norm.scale[c] * (kept ? kept[i / s.C] : A(1));
+            residual[i] = of_out ? of_out[i] / A(s.HW()) : A(0);
+            offset[i] = factor[i] * residual[i] + norm.offset[c] + (of_o ? of_o[i] / A(s.HW()) : A(0));
+        }
+        const LightUpdateBackward<T> args{in.weights(attention),
                                           s,
-                                          map_of<const T>(grad_o),
-                                          grad_var ? map_of<const T>(o) : Map<const T>{},
-                                          data_of<A>(grad_mean),
-                                          data_of<A>(grad_var),
-                                          data_of<A>(mean),
+                                          map_of<const T>(grad_out),
+                                          map_if<T>(grad_o),
+                                          map_of<const T>(o),
+                                          factor.get(),
+                                          offset.get(),
+                                          residual.get(),
+                                          norm.slope.get(),
+                                          norm.mean,
                                           map_of<const T>(x),
-                                          map_of<const T>(carried),
+                                          map_if<T>(in.carried),
                                           need_x ? map_of<T>(grad_x) : Map<T>{},
                                           need_carried ? map_of<T>(grad_carried) : Map<T>{},
                                           products.get()};
-        if (s.B * s.C > 0) DLA_ON_ISA(backward<T>(args, channels_last));
+        if (size > 0) DLA_ON_ISA(backward<T>(args, channels_last));
         const auto data_if = [](const std::optional<Tensor>& there, const Tensor& t) {
             return there ? mutable_data_of<A>(t) : nullptr;
         };
-        const VectorGradients<A> grads{mutable_data_of<A>(grad_q),
-                                       mutable_data_of<A>(grad_k),
-                                       mutable_data_of<A>(grad_value_weight),
-                                       data_if(carry_scale, grad_carry_scale),
-                                       data_if(gate, grad_gate),
-                                       data_if(carry_weight, grad_carry_weight)};
-        grads.from(args, s, products.get(), q_data, k_data, head_dim);
+        const FilterGradients<A> grads{grad_attention.get(), mutable_data_of<A>(grad_value_weight),
+                                       data_if(in.carry_scale, grad_carry_scale), data_if(in.gate, grad_gate),
+                                       data_if(in.carry_weight, grad_carry_weight)};
+        grads.from(args, s, products.get());
+        attention.backward(grad_attention.get(), mutable_data_of<A>(grad_y), mutable_data_of<A>(grad_query_weight),
+                           mutable_data_of<A>(grad_key_weight));
     });
-    return {grad_x, grad_q, grad_k, grad_value_weight, grad_carried, grad_carry_scale, grad_gate, grad_carry_weight};
+    return {grad_x,       grad_y,           grad_query_weight, grad_key_weight,  grad_value_weight,
+            grad_carried, grad_carry_scale, grad_gate,         grad_carry_weight};
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dla_kernels, m) {
     m.def(
-        "light_update_forward(Tensor x, Tensor q, Tensor k, Tensor value_weight, Tensor? carried, Tensor? carry_scale, "
-        "Tensor? gate, Tensor? carry_weight, int head_dim) -> (Tensor, Tensor, Tensor)");
+        "light_update_forward(Tensor x, Tensor y, Tensor query_weight, Tensor key_weight, Tensor value_weight, "
+        "Tensor? carried, Tensor? carry_scale, Tensor? gate, Tensor? carry_weight, int head_dim) -> "
+        "(Tensor, Tensor, Tensor)");
     m.def(
-        "light_update_backward(Tensor grad_o, Tensor? grad_mean, Tensor? grad_var, Tensor o, Tensor mean, Tensor? x, "
-        "Tensor q, Tensor k, Tensor value_weight, Tensor? carried, Tensor? carry_scale, Tensor? gate, "
-        "Tensor? carry_weight, int head_dim, bool need_x, bool need_carried) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+        "light_update_folded(Tensor x, Tensor y, Tensor query_weight, Tensor key_weight, Tensor value_weight, "
+        "Tensor? carried, Tensor? carry_scale, Tensor? gate, Tensor? carry_weight, Tensor mean, Tensor var, "
+        "Tensor weight, Tensor bias, float eps, int head_dim, bool need_o) -> (Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "light_update_backward(Tensor grad_out, Tensor? grad_out_mean, Tensor? grad_o, Tensor? grad_o_mean, Tensor o, "
+        "Tensor mean, Tensor var, Tensor weight, Tensor? sum_weight, Tensor? sum_bias, Tensor? keep, float eps, "
+        "SymInt count, Tensor x, Tensor y, Tensor query_weight, Tensor key_weight, Tensor value_weight, Tensor? carried, "
+        "Tensor? carry_scale, Tensor? gate, Tensor? carry_weight, int head_dim, bool need_x, bool need_carried) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dla_kernels, CPU, m) {
     m.impl("light_update_forward", TORCH_BOX(&light_update_forward));
+    m.impl("light_update_folded", TORCH_BOX(&light_update_folded));
     m.impl("light_update_backward", TORCH_BOX(&light_update_backward));
 }
 

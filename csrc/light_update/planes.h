@@ -81,7 +81,14 @@ void forward_planes_of(const LightUpdateForward<T>& a) {
                 total += forward_strip<T, N, kCarry>(x, carried, carried_map, H, W, j, filter_x, filter_carried,
                                                      o.get(), o_pitch);
             }
-            finish_plane<A, N>(o.get(), o_pitch, H, W, total, a.out.at(b, c, 0), a.mean[i], a.var[i]);
+            if (a.scale) {
+                a.mean[i] = total / A(H * W);
+                a.out_mean[i] = fold_plane<A, N>(o.get(), o_pitch, H, W, a.x.at(b, c, 0), a.scale[c], a.shift[c], false,
+                                                 a.out.at(b, c, 0), a.o ? a.o.at(b, c, 0) : nullptr) /
+                                A(H * W);
+            } else {
+                finish_plane<A, N>(o.get(), o_pitch, H, W, total, a.o.at(b, c, 0), a.mean[i], a.var[i]);
+            }
         }
     });
 }
@@ -89,8 +96,9 @@ void forward_planes_of(const LightUpdateForward<T>& a) {
 // The columns from j on of both maps' gradients, and of the products for the filters' ones:
 // products[t] = sum of x times the output's gradient shifted by tap t.
 template <class T, int N, Carry kCarry, class A = Acc<T>>
-void backward_strip(const PaddedPlane<A, N>& grad, const T* x, const T* carried, T* grad_x, T* grad_carried, int64_t H,
-                    int64_t W, int64_t j, const A* filter_x, const A* filter_carried, Vec<A, N>* products) {
+void backward_strip(const PaddedPlane<A, N>& grad, const T* x, const T* carried, const T* grad_out, A residual,
+                    T* grad_x, T* grad_carried, int64_t H, int64_t W, int64_t j, const A* filter_x,
+                    const A* filter_carried, Vec<A, N>* products) {
     using V = Vec<A, N>;
     V fx[9], fc[9], px[9], pc[9], g[9];  // g: the gradient around a pixel, in the order of the taps it met
     for (int t = 0; t < 9; ++t) {
@@ -112,7 +120,7 @@ void backward_strip(const PaddedPlane<A, N>& grad, const T* x, const T* carried,
         load_row(i + 1, g);
         const int64_t p = i * W + j, room = (H - i) * W - j;
         const V at_x = load<A, N>(x + p, W - j, room);
-        V of_x = {};
+        V of_x = load<A, N>(grad_out + p, W - j, room) + residual;
         for (int t = 0; t < 9; ++t) {
             of_x += fx[t] * g[t];
             px[t] += at_x * g[t];
@@ -144,13 +152,15 @@ void backward_planes_of(const LightUpdateBackward<T>& a) {
         const PaddedPlane<A, N> grad(H, W);
         for (int64_t k = begin; k < end; ++k) {
             const int64_t b = k / C, c = k % C;
-            const auto of_o = OutputGradient<A>::of(a.grad_mean, a.grad_var, a.mean, k, H * W);
-            const T *grad_o = a.grad_o.at(b, c, 0), *o = a.o ? a.o.at(b, c, 0) : nullptr;
+            const T *grad_out = a.grad_out.at(b, c, 0), *grad_o = a.grad_o ? a.grad_o.at(b, c, 0) : nullptr;
+            const T* o = a.o.at(b, c, 0);
+            const A factor = a.factor[k], slope = a.slope[c], mean = a.mean[c], offset = a.offset[k];
             for (int64_t i = 0; i < H; ++i) {
                 for (int64_t j = 0; j < W; j += N) {
                     const int64_t p = i * W + j, room = (H - i) * W - j;
-                    Vec<A, N> g = load<A, N>(grad_o + p, W - j, room) + of_o.offset;
-                    if (o) g += of_o.slope * (load<A, N>(o + p, W - j, room) - of_o.mean);
+                    Vec<A, N> g = factor * load<A, N>(grad_out + p, W - j, room) +
+                                  slope * (load<A, N>(o + p, W - j, room) - mean) + offset;
+                    if (grad_o) g += load<A, N>(grad_o + p, W - j, room);
                     store<A, N>(grad.row(i) + j, keep_lanes<A, N>(g, W - j));
                 }
             }
@@ -162,7 +172,7 @@ void backward_planes_of(const LightUpdateBackward<T>& a) {
             Vec<A, N> products[kProducts] = {};
             for (int64_t j = 0; j < W; j += N) {
                 backward_strip<T, N, kCarry>(grad, a.x.at(b, c, 0), a.carried ? a.carried.at(b, c, 0) : nullptr,
-                                             a.grad_x ? a.grad_x.at(b, c, 0) : nullptr,
+                                             grad_out, a.residual[k], a.grad_x ? a.grad_x.at(b, c, 0) : nullptr,
                                              a.grad_carried ? a.grad_carried.at(b, c, 0) : nullptr, H, W, j, filter_x,
                                              filter_carried, products);
             }

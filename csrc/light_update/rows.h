@@ -64,6 +64,7 @@ void forward_rows_of(const LightUpdateForward<T>& a) {
     const Shape& s = a.shape;
     const RowRuns runs(s);
     const int64_t tasks = s.B * runs.count, pitch = round_up(s.C, N);
+    // The second are squared deviations, or where BatchNorm is folded the sums of out.
     const Scratch<A> totals(tasks * s.C, A(0)), deviations(tasks * s.C, A(0));
     parallel(tasks, 4 * runs.rows * s.W * s.C, [&](int64_t begin, int64_t end) {
         const RowWindow<A> x(s.W, pitch), carried(kCarry == Carry::filtered ? s.W : 0, pitch);
@@ -94,11 +95,24 @@ void forward_rows_of(const LightUpdateForward<T>& a) {
                         filter_row(carried, row, c, &filters[9 * pitch], o.get());
                     }
                 }
-                finish_pixels<A>(o.get(), pitch, s.W, s.C, a.out.at(b, 0, row * s.W), a.out.pixel, moments);
+                if (a.scale) {
+                    fold_pixels<A>(o.get(), pitch, s.W, s.C, a.x.at(b, 0, row * s.W), a.x.pixel, a.scale, a.shift,
+                                   false, a.out.at(b, 0, row * s.W), a.out.pixel,
+                                   a.o ? a.o.at(b, 0, row * s.W) : nullptr, a.o.pixel, moments.total,
+                                   moments.deviations);
+                } else {
+                    finish_pixels<A>(o.get(), pitch, s.W, s.C, a.o.at(b, 0, row * s.W), a.o.pixel, moments);
+                }
             }
         }
     });
-    merge_runs(s, runs, totals.get(), deviations.get(), a.mean, a.var);
+    if (!a.scale) return merge_runs(s, runs, totals.get(), deviations.get(), a.mean, a.var);
+    add_runs(s, runs.count, s.C, totals.get(), a.mean);
+    add_runs(s, runs.count, s.C, deviations.get(), a.out_mean);
+    for (int64_t i = 0; i < s.B * s.C; ++i) {
+        a.mean[i] /= A(s.HW());
+        a.out_mean[i] /= A(s.HW());
+    }
 }
 
 // One row of a map's gradient and of its products with the output's gradient, for the channels from c on. The gradient
@@ -137,10 +151,12 @@ void backward_row(const RowWindow<A>& grad, int64_t i, int64_t c, const A* filte
     }
 }
 
-// The same for all channels, between the maps and a row of accumulators: maps are read and written in order.
+// The same for all channels, between the maps and a row of accumulators: maps are read and written in order. What is
+// given of the gradient, `direct` plus `constant` [C], is added; direct may be null.
 template <bool kFiltered, class T, class A = Acc<T>>
 void backward_row_of(const RowWindow<A>& grad, const Shape& s, int64_t b, int64_t i, const Map<const T>& x,
-                     const Map<T>& grad_x, const A* filters, A* row, A* products) {
+                     const Map<T>& grad_x, const Map<const T>& direct, const A* constant, const A* filters, A* row,
+                     A* products) {
     constexpr int N = kLanes<A>;
     for (int64_t j = 0; j < s.W; ++j) {
         const T* from = x.at(b, 0, i * s.W + j);
@@ -149,7 +165,28 @@ void backward_row_of(const RowWindow<A>& grad, const Shape& s, int64_t b, int64_
     for (int64_t c = 0; c < s.C; c += N) backward_row<kFiltered>(grad, i, c, filters, row, products);
     for (int64_t j = 0; grad_x && j < s.W; ++j) {
         T* to = grad_x.at(b, 0, i * s.W + j);
-        for (int64_t c = 0; c < s.C; c += N) store<A>(to + c, load<A>(row + j * grad.pitch + c), s.C - c);
+        const T* more = direct ? direct.at(b, 0, i * s.W + j) : nullptr;
+        for (int64_t c = 0; c < s.C; c += N) {
+            Vec<A> g = load<A>(row + j * grad.pitch + c);
+            if (more) g += load<A>(more + c, s.C - c) + load<A>(constant + c, s.C - c);
+            store<A>(to + c, g, s.C - c);
+        }
+    }
+}
+
+// The gradient of o at one pixel -> to [C], written in whole vectors.
+template <class T, class A = Acc<T>>
+void output_gradient(const LightUpdateBackward<T>& a, int64_t b, int64_t p, A* to) {
+    const int64_t C = a.shape.C;
+    const T *grad_out = a.grad_out.at(b, 0, p), *grad_o = a.grad_o ? a.grad_o.at(b, 0, p) : nullptr;
+    const T* o = a.o.at(b, 0, p);
+    const A *factor = a.factor + b * C, *offset = a.offset + b * C;
+    for (int64_t c = 0; c < C; c += kLanes<A>) {
+        const int64_t n = C - c;
+        Vec<A> g = load<A>(factor + c, n) * load<A>(grad_out + c, n) +
+                   load<A>(a.slope + c, n) * (load<A>(o + c, n) - load<A>(a.mean + c, n)) + load<A>(offset + c, n);
+        if (grad_o) g += load<A>(grad_o + c, n);
+        store<A>(to + c, g);
     }
 }
 
@@ -163,26 +200,25 @@ void backward_rows_of(const LightUpdateBackward<T>& a) {
     parallel(tasks, 8 * runs.rows * s.W * s.C, [&](int64_t begin, int64_t end) {
         const RowWindow<A> grad(s.W, pitch);
         const Scratch<A> filters(18 * pitch, A(0)), products(kProducts * pitch), buffer(s.W * pitch);
-        OutputGradients<A> of_o(s.C);
         for (int64_t k = begin; k < end; ++k) {
             const int64_t b = k / runs.count, first = k % runs.count * runs.rows;
             const int64_t last = std::min(s.H, first + runs.rows);
             fill_filters(a, b, pitch, filters.get());
             std::fill_n(products.get(), kProducts * pitch, A(0));
-            of_o.take_sample(a, b);
             for (int64_t i = first - 1; i <= last; ++i) {
                 if (i < 0 || i >= s.H) grad.clear(i);
                 for (int64_t j = 0; i >= 0 && i < s.H && j < s.W; ++j) {
                     const int64_t p = i * s.W + j;
-                    of_o.pixel(a.grad_o.at(b, 0, p), a.o ? a.o.at(b, 0, p) : nullptr, s.C, grad.row(i) + j * pitch);
+                    output_gradient(a, b, p, grad.row(i) + j * pitch);
                 }
                 const int64_t row = i - 1;  // the one whose neighbours are all there now
                 if (row < first) continue;
-                backward_row_of<true, T>(grad, s, b, row, a.x, a.grad_x, filters.get(), buffer.get(), products.get());
+                backward_row_of<true, T>(grad, s, b, row, a.x, a.grad_x, a.grad_out, a.residual + b * s.C,
+                                         filters.get(), buffer.get(), products.get());
                 if constexpr (kCarry != Carry::none) {
-                    backward_row_of<kCarry == Carry::filtered, T>(grad, s, b, row, a.carried, a.grad_carried,
-                                                                  &filters[9 * pitch], buffer.get(),
-                                                                  &products[9 * pitch]);
+                    backward_row_of<kCarry == Carry::filtered, T>(grad, s, b, row, a.carried, a.grad_carried, {},
+                                                                  static_cast<const A*>(nullptr), &filters[9 * pitch],
+                                                                  buffer.get(), &products[9 * pitch]);
                 }
             }
             for (int t = 0; t < kProducts; ++t) {

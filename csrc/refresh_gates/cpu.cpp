@@ -34,13 +34,13 @@ struct RefreshGatesBackward : RefreshGates<A> {
 namespace dla {
 
 Tensor refresh_gates_forward(const Tensor& features_, const Tensor& gates_, const Tensor& h_, const Tensor& c_,
-                             const std::vector<Tensor>& weights_, int64_t activation, bool of_context) {
+                             const Tensor& weights_, bool joint, int64_t activation, bool of_context) {
     const Tensor features = dense(features_), gates = dense(gates_), h = dense(h_), c = dense(c_);
-    const auto weights = all_dense(weights_);
+    const Tensor weights = dense(weights_);
     const Tensor out = torch::stable::empty_like(gates);
     on_dtype(features, [&](auto* type) {
         using A = Acc<std::remove_pointer_t<decltype(type)>>;
-        const auto dsu = dsu_of<A>(gates.size(0), gates.size(1), gates.size(2), weights, activation);
+        const auto dsu = dsu_of<A>(gates.size(0), gates.size(1), gates.size(2), weights, joint, activation);
         const RefreshGatesForward<A> args{
             {dsu, data_of<A>(features), data_of<A>(gates), data_of<A>(h), data_of<A>(c), of_context},
             mutable_data_of<A>(out)};
@@ -50,22 +50,23 @@ Tensor refresh_gates_forward(const Tensor& features_, const Tensor& gates_, cons
 }
 
 // Gradients of features, gates, h and c, and of the weights.
-std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> refresh_gates_backward(
-    const Tensor& grad_, const Tensor& features_, const Tensor& gates_, const Tensor& h_, const Tensor& c_,
-    const std::vector<Tensor>& weights_, int64_t activation, bool of_context) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> refresh_gates_backward(const Tensor& grad_, const Tensor& features_,
+                                                                          const Tensor& gates_, const Tensor& h_,
+                                                                          const Tensor& c_, const Tensor& weights_,
+                                                                          bool joint, int64_t activation,
+                                                                          bool of_context) {
     const Tensor grad = dense(grad_), features = dense(features_), gates = dense(gates_), h = dense(h_), c = dense(c_);
-    const auto weights = all_dense(weights_);
-    const auto grad_weights = all_empty_like(weights);
+    const Tensor weights = dense(weights_), grad_weights = torch::stable::empty_like(weights);
     const Tensor grad_features = torch::stable::empty_like(features), grad_gates = torch::stable::empty_like(gates);
     const Tensor grad_h = torch::stable::empty_like(h), grad_c = torch::stable::empty_like(c);
     on_dtype(features, [&](auto* type) {
         using A = Acc<std::remove_pointer_t<decltype(type)>>;
         const int64_t B = gates.size(0), T = gates.size(1), C = gates.size(2);
-        const auto dsu = dsu_of<A>(B, T, C, weights, activation);
+        const auto dsu = dsu_of<A>(B, T, C, weights, joint, activation);
         const RefreshGatesBackward<A> args{
             {dsu, data_of<A>(features), data_of<A>(gates), data_of<A>(h), data_of<A>(c), of_context},
             data_of<A>(grad),
-            dsu_of<A>(B, T, C, grad_weights, activation),
+            dsu_of<A>(B, T, C, grad_weights, joint, activation),
             mutable_data_of<A>(grad_features),
             mutable_data_of<A>(grad_gates),
             mutable_data_of<A>(grad_h),
@@ -77,11 +78,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> refresh_gates_ba
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dla_kernels, m) {
     m.def(
-        "refresh_gates_forward(Tensor features, Tensor gates, Tensor h, Tensor c, Tensor[] weights, int activation, "
-        "bool of_context) -> Tensor");
+        "refresh_gates_forward(Tensor features, Tensor gates, Tensor h, Tensor c, Tensor weights, bool joint, "
+        "int activation, bool of_context) -> Tensor");
     m.def(
-        "refresh_gates_backward(Tensor grad, Tensor features, Tensor gates, Tensor h, Tensor c, Tensor[] weights, "
-        "int activation, bool of_context) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])");
+        "refresh_gates_backward(Tensor grad, Tensor features, Tensor gates, Tensor h, Tensor c, Tensor weights, "
+        "bool joint, int activation, bool of_context) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dla_kernels, CPU, m) {

@@ -15,7 +15,7 @@ __device__ void gate_features(const RefreshGates<A>& a, const DsuRows& rows, A* 
 }
 
 template <class A>
-__global__ void __launch_bounds__(kDsuThreads<A>) forward(const RefreshGatesForward<A> a, const DsuPhases phases) {
+__global__ void __launch_bounds__(kDsuThreads<A>, 1) forward(const RefreshGatesForward<A> a, const DsuPhases phases) {
     const Dsu<A>& d = a.dsu;
     const DsuRows rows(a.M());
     phases.run(0, [&] { gate_features(a, rows, a.product); });
@@ -52,7 +52,7 @@ struct Backward {
 };
 
 template <class A>
-__global__ void __launch_bounds__(kDsuThreads<A>) backward(const Backward<A> both, const DsuPhases phases) {
+__global__ void __launch_bounds__(kDsuThreads<A>, 1) backward(const Backward<A> both, const DsuPhases phases) {
     const RefreshGatesBackward<A>& a = both.args;
     const Scratch<A>& at = both.at;
     const Dsu<A>& d = a.dsu;

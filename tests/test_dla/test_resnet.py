@@ -174,48 +174,50 @@ def test_drop_path(name):
     assert {b.drop_path.drop_prob for b in blocks} == {0.0 if attends else 0.5}
 
 
+def attend(attention, x):
+    """The block's output, and the o that its BatchNorm saw."""
+    out, _, o, _ = attention(x, x.mean((2, 3)), None, None, None)
+    return out, o
+
+
 def test_drop_path_keeps_the_mean():
     attention = LightLayerAttention(32, drop_path=0.25, carry=False)
     x = torch.randn(4000, 32, 1, 2)
-    o = torch.randn_like(x)
-    mean, var = o.mean((2, 3)), o.var((2, 3), correction=0)
-    added = attention.residual(x, o, mean, var)[0] - x
+    added = attend(attention, x)[0] - x
     dropped = added.flatten(1).eq(0).all(1)
     assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.03)
     attention.drop_path = 0.0
-    kept = attention.residual(x, o, mean, var)[0] - x
+    kept = attend(attention, x)[0] - x
     assert_close(added[~dropped], kept[~dropped] / 0.75, 1e-5)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_running_statistics_are_those_of_torch(momentum):
-    attention = LightLayerAttention(32).double()
+    attention = LightLayerAttention(32, carry=False).double()
     attention.bn.momentum = momentum
     expected = copy.deepcopy(attention.bn)
     for _ in range(3):
-        x, o = torch.randn(2, 4, 32, 5, 5, dtype=torch.float64)
-        out, _ = attention.residual(x, o, o.mean((2, 3)), o.var((2, 3), correction=0))
+        x = torch.randn(4, 32, 5, 5, dtype=torch.float64)
+        out, o = attend(attention, x)
         assert_close(out, x + expected(o), 1e-13)
     for name, buffer in expected.named_buffers():
         assert_close(dict(attention.bn.named_buffers())[name], buffer, 1e-14, name)
 
 
 def test_batch_norm_without_running_statistics():
-    attention = LightLayerAttention(32).double()
+    attention = LightLayerAttention(32, carry=False).double()
     attention.bn = nn.BatchNorm2d(32, track_running_stats=False).double()
-    x, o = torch.randn(2, 4, 32, 5, 5, dtype=torch.float64)
+    x = torch.randn(4, 32, 5, 5, dtype=torch.float64)
     for mode in (True, False):
-        attention.train(mode)
-        out, _ = attention.residual(x, o, o.mean((2, 3)), o.var((2, 3), correction=0))
+        out, o = attend(attention.train(mode), x)
         assert_close(out, x + attention.bn(o), 1e-13)
 
 
 def test_batch_norm_of_one_value():
-    attention = LightLayerAttention(32)
+    attention = LightLayerAttention(32, carry=False)
     before = copy.deepcopy(attention.bn.state_dict())
-    x, moment = torch.randn(1, 32, 1, 1), torch.zeros(1, 32)
-    with pytest.raises(ValueError, match=r"more than one value per channel in training, got a map of \(1, 32, 1, 1\)"):
-        attention.residual(x, x, moment, moment)
+    with pytest.raises(ValueError, match="BatchNorm in training needs more than one value per channel, got a batch of"):
+        attend(attention, torch.randn(1, 32, 1, 1))
     assert all(torch.equal(value, before[name]) for name, value in attention.bn.state_dict().items())
 
 

@@ -58,9 +58,7 @@ class Call:
         for group in ("weights", "values", "norm"):
             members = {n.removeprefix(f"{group}."): named.pop(n) for n in list(named) if n.startswith(f"{group}.")}
             if members:
-                named[group] = (
-                    BatchNorm(**members, training=self.training) if group == "norm" else [*members.values()]
-                )
+                named[group] = BatchNorm(**members, training=self.training) if group == "norm" else [*members.values()]
         if self.op == "layer_attention":
             return stage(**named, **self.options, backend=backend)
         outputs = getattr(dla_kernels, self.op)(**named, **self.options, backend=backend)

@@ -5,6 +5,8 @@ import torch
 from helpers import dsu_weights
 
 import dla_kernels
+from dla_kernels import BatchNorm
+from dla_kernels.ops.layer_attention import Layer
 
 B, T, C = 2, 3, 32
 STATE = torch.randn(B, C)
@@ -13,16 +15,22 @@ LAYERS = torch.randn(B, T, C)
 WEIGHTS = dsu_weights("joint", C, 4, torch.float32)
 STENCIL = torch.randn(C, 1, 3, 3)
 VECTOR = torch.randn(C)
+FILTER = torch.randn(1, 1, 3)
+NORM = BatchNorm(VECTOR, VECTOR)
+PIXEL = MAP[:1, :, :1, :1]
 
 GOOD = {
     "gap_dsu": {"x": MAP, "h": STATE, "c": STATE, "weights": WEIGHTS},
     "refresh_gates": {"features": LAYERS, "gates": LAYERS, "h": STATE, "c": STATE, "weights": WEIGHTS},
-    "layer_attention": {"q": STATE, "k": LAYERS, "values": [MAP] * T, "gates": LAYERS},
+    "layer_attention": {
+        "x": MAP, "q": STATE, "k": LAYERS, "gates": LAYERS, "value": MAP, "prior": [Layer(MAP)] * (T - 1), "norm": NORM,
+    },
     "light_update": {
-        "x": MAP, "q": STATE, "k": STATE, "value_weight": STENCIL,
+        "x": MAP, "y": STATE, "query_weight": FILTER, "key_weight": FILTER, "value_weight": STENCIL, "norm": NORM,
         "carried": MAP, "carry_scale": VECTOR, "gate": STATE, "carry_weight": STENCIL,
     },
-    "norm_residual": {"x": MAP, "o": MAP, "weight": VECTOR, "bias": VECTOR, "mean": STATE, "var": STATE},
+    "norm_residual": {"x": MAP, "o": MAP, "norm": NORM},
+    "pack_dsu": {"weights": WEIGHTS},
 }  # fmt: skip
 
 NO_CARRY = {"carried": None, "carry_scale": None, "gate": None, "carry_weight": None}
@@ -40,27 +48,37 @@ BAD = [
     ("gap_dsu", {"activation": "gelu"}, r"`activation` must be one of identity, tanh, relu, sigmoid, got 'gelu'"),
     ("refresh_gates", {"gates": LAYERS[:, 1:]}, r"`gates` must have shape \(B=2, T=3, C=32\), got \(2, 2, 32\)"),
     ("refresh_gates", {"gate": "output"}, r"`gate` must be one of context, hidden, got 'output'"),
-    ("layer_attention", {"values": []}, r"`values` must hold the map of at least one layer, got none"),
-    ("layer_attention", {"values": [MAP] * 2}, r"`k` must have shape \(B=2, T=2, C=32\), got \(2, 3, 32\)"),
-    ("layer_attention", {"values": [MAP, MAP, MAP.half()]}, r"`values\[2\]` must have the dtype of `values\[0\]`"),
-    ("layer_attention", {"values": [MAP, MAP[..., :3], MAP]}, r"`values\[1\]` must have shape .*W=4\), got"),
+    ("gap_dsu", {"carried": MAP}, r"`carried` must have shape \(B=2, C=32\), got \(2, 32, 4, 4\)"),
+    ("gap_dsu", {"gate": "output"}, r"`gate` must be one of context, hidden, got 'output'"),
+    (
+        "gap_dsu",
+        {"weights": dla_kernels.pack_dsu(dsu_weights("joint", 16, 4, torch.float32))},
+        r"`weights` must be for 32 channels, got those for 16",
+    ),
+    ("pack_dsu", {"weights": WEIGHTS[:1]}, r"`weights` must hold 3 tensors .* or 8 .* got 1"),
+    ("pack_dsu", {"weights": WEIGHTS[::-1]}, r"`weights.w1` must have shape"),
+    ("layer_attention", {"prior": []}, r"`k` must have shape \(B=2, T=1, C=32\), got \(2, 3, 32\)"),
+    ("layer_attention", {"prior": [MAP, MAP]}, r"`prior\[0\]` must be a layer as layer_attention returns it, got Tensor"),
+    ("layer_attention", {"value": MAP.half()}, r"`value` must have the dtype of `x`, torch.float32, got"),
+    ("layer_attention", {"prior": [Layer(MAP[..., :3])] * 2}, r"`prior\[0\]` must have shape .*W=4\), got"),
+    ("layer_attention", {"followers": -1}, r"`followers` must be at least 0, got -1"),
     ("layer_attention", {"head_dim": 24}, r"`head_dim` must divide the 32 channels, got 24"),
     ("light_update", {"carried": MAP.half()}, r"`carried` must have the dtype of `x`, torch.float32, got"),
     ("light_update", {"value_weight": STENCIL[:, :, :1]}, r"`value_weight` must have shape \(C=32, 1, 3, 3\), got"),
     ("light_update", {"carry_scale": None}, r"`carry_scale` must be a tensor, got NoneType"),
     ("light_update", NO_CARRY | {"gate": STATE}, r"`gate` goes with `carried`, which is None"),
+    ("light_update", {"query_weight": FILTER[..., :2], "key_weight": FILTER[..., :2]}, r"`query_weight` must have an odd"),
+    ("light_update", {"key_weight": torch.randn(1, 1, 5)}, r"`key_weight` must have shape \(1, 1, K=3\), got \(1, 1, 5\)"),
     ("light_update", {"head_dim": 0}, r"`head_dim` must divide the 32 channels, got 0"),
     ("norm_residual", {"o": MAP[:1]}, r"`o` must have shape \(B=2, C=32, H=4, W=4\), got \(1, 32, 4, 4\)"),
-    ("norm_residual", {"var": VECTOR}, r"`var` must have shape \(B=2, C=32\), got \(32,\)"),
     ("norm_residual", {"keep": torch.ones(3)}, r"`keep` must have shape \(B=2\), got \(3,\)"),
-    ("norm_residual", {"mean": None}, r"`var` goes with `mean`, which is None"),
     ("norm_residual", {"relu": True}, r"`relu` must be one of None, 'branch', 'sum', got True"),
-    (
-        "norm_residual",
-        {"x": MAP[:1, :, :1, :1], "o": MAP[:1, :, :1, :1], "mean": None, "var": None},
-        r"`o` must have more than one value per channel to take statistics of, got \(1, 32, 1, 1\)",
-    ),
-    ("norm_residual", {"bias": VECTOR.int()}, r"`bias` must be floating point, got torch.int32"),
+    ("norm_residual", {"norm": VECTOR}, r"`norm` must be a dla_kernels.BatchNorm, got Tensor"),
+    ("norm_residual", {"norm": NORM._replace(bias=VECTOR.int())}, r"`norm.bias` must be floating point, got torch.int32"),
+    ("norm_residual", {"norm": NORM._replace(weight=None)}, r"`norm.weight` must be a tensor, got NoneType"),
+    ("norm_residual", {"norm": NORM._replace(running_mean=STATE)}, r"`norm.running_mean` must have shape \(C=32\), got"),
+    ("norm_residual", {"norm": NORM._replace(training=False)}, r"`norm` must have running statistics where it is not"),
+    ("norm_residual", {"x": PIXEL, "o": PIXEL}, r"BatchNorm in training needs more than one value per channel, got"),
 ]  # fmt: skip
 
 

@@ -1,9 +1,11 @@
 """What PyTorch expects of an op: opcheck, full-graph compilation, export, functional calls, one derivative."""
 
+import importlib
+
 import pytest
 import torch
 from helpers import assert_close
-from test_dla_kernels.cases import TYPICAL
+from test_dla_kernels.cases import MAKE, TYPICAL
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -12,41 +14,67 @@ from dla_kernels import native
 pytestmark = pytest.mark.skipif(native.ERROR is not None, reason=str(native.ERROR))
 
 
-def recorded_calls(op, monkeypatch):
-    """The arguments with which a call of ``op``, forward and backward, reaches its library ops."""
-    import importlib
-
-    function = importlib.import_module(f"dla_kernels.ops.{op}.function")
+def recorded_calls(run, monkeypatch):
+    """The library ops that ``run`` reaches, in order, each with its arguments."""
     calls = []
 
     def record(library_op):
-        def run(*args):
+        def call(*args):
             calls.append((library_op, args))
             return library_op(*args)
 
-        return run
+        return call
 
-    monkeypatch.setitem(function.BACKENDS, "native", tuple(map(record, function.BACKENDS["native"])))
-    TYPICAL[op](dtype=torch.float32).run("native")
+    for op in MAKE:
+        ops = importlib.import_module(f"dla_kernels.ops.{op}.function").BACKENDS["native"]
+        for name, library_op in vars(ops).items():
+            monkeypatch.setattr(ops, name, record(library_op))
+    run()
+    monkeypatch.undo()
     return calls
+
+
+LIBRARY_OPS = {
+    "gap_dsu": ["gap_dsu_forward", "gap_dsu_backward"],
+    "refresh_gates": ["refresh_gates_forward", "refresh_gates_backward"],
+    "norm_residual": [
+        "norm_residual_moments", "norm_residual_forward", "norm_residual_update_running_stats",
+        "norm_residual_sums", "norm_residual_backward",
+    ],
+    "light_update": ["light_update_forward", "norm_residual_forward", "norm_residual_sums", "light_update_backward"],
+    "layer_attention": [
+        *["layer_attention_forward", "norm_residual_forward"] * 3,
+        *["norm_residual_sums", "layer_attention_backward"] * 3,
+    ],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("op", TYPICAL)
 def test_opcheck(op, monkeypatch):
-    calls = recorded_calls(op, monkeypatch)
-    assert [library_op.__name__ for library_op, _ in calls] == [f"{op}_forward.default", f"{op}_backward.default"]
+    call = TYPICAL[op](dtype=torch.float32)
+    if op == "norm_residual":
+        books = {"running_mean": torch.zeros(16), "running_var": torch.ones(16), "num_batches_tracked": torch.tensor(0)}
+        call.tensors |= {f"norm.{name}": tensor for name, tensor in books.items()}
+    calls = recorded_calls(lambda: call.run("native"), monkeypatch)
+    assert [library_op.__name__.removesuffix(".default") for library_op, _ in calls] == LIBRARY_OPS[op]
 
     def detached(a):
-        return (
-            a.detach()
-            if isinstance(a, torch.Tensor)
-            else [detached(i) for i in a]
-            if isinstance(a, (list, tuple))
-            else a
-        )
+        if isinstance(a, torch.Tensor):
+            return a.detach().clone()
+        return [detached(i) for i in a] if isinstance(a, (list, tuple)) else a
 
     for library_op, args in calls:
         torch.library.opcheck(library_op, tuple(detached(a) for a in args))
+
+
+@pytest.mark.parametrize("op", ["light_update", "layer_attention"])
+def test_opcheck_of_inference(op, monkeypatch):
+    call = TYPICAL[op](dtype=torch.float32, statistics="running", keep=False)
+    with torch.no_grad():
+        calls = recorded_calls(lambda: call("native"), monkeypatch)
+    for library_op, args in calls:
+        assert library_op.__name__ == f"{op}_folded.default"
+        torch.library.opcheck(library_op, args)
 
 
 @pytest.mark.parametrize("op", TYPICAL)

@@ -1,8 +1,10 @@
 import pytest
 import torch
-from helpers import assert_close, dsu_weights, require_grad
+from helpers import assert_close, dsu_weights, gradients, require_grad
 
-from dla_kernels import gap_dsu
+from dla_kernels import backends, gap_dsu, pack_dsu
+
+BACKENDS = [name for name, runs in backends().items() if runs is True]
 
 
 def written_out(x, h, c, weights, activation):
@@ -38,7 +40,10 @@ def test_equations(form, activation, shape):
     h, c = torch.randn(2, *shape[:2], dtype=torch.float64)
     weights = dsu_weights(form, shape[1], 3)
     for name, got, expected in zip(
-        ("y", "h", "c"), gap_dsu(x, h, c, weights, activation), written_out(x, h, c, weights, activation), strict=True
+        ("y", "h", "c"),
+        gap_dsu(x, h, c, weights, activation)[:3],
+        written_out(x, h, c, weights, activation),
+        strict=True,
     ):
         assert_close(got, expected, 1e-14, name)
 
@@ -47,7 +52,7 @@ def test_given_gap_is_taken_as_it_is():
     x = torch.randn(3, 8, 5, 7, dtype=torch.float64)
     h, c = torch.randn(2, 3, 8, dtype=torch.float64)
     weights = dsu_weights("joint", 8, 2)
-    for got, expected in zip(gap_dsu(x.mean((2, 3)), h, c, weights), gap_dsu(x, h, c, weights), strict=True):
+    for got, expected in zip(gap_dsu(x.mean((2, 3)), h, c, weights)[:3], gap_dsu(x, h, c, weights)[:3], strict=True):
         assert_close(got, expected, 1e-14)
 
 
@@ -57,10 +62,13 @@ def test_gradcheck_of_the_reference(form):
     h, c = torch.randn(2, 2, 4, dtype=torch.float64)
     weights = dsu_weights(form, 4, 3)
     require_grad(x, h, c, *weights)
-    assert torch.autograd.gradcheck(lambda x, h, c, *w: gap_dsu(x, h, c, w, backend="reference"), (x, h, c, *weights))
-    assert torch.autograd.gradgradcheck(
-        lambda x, h, c, *w: gap_dsu(x, h, c, w, backend="reference"), (x, h, c, *weights)
-    )
+    carried = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+
+    def op(x, h, c, carried, *weights):
+        return gap_dsu(x, h, c, weights, carried=carried, backend="reference")
+
+    assert torch.autograd.gradcheck(op, (x, h, c, carried, *weights))
+    assert torch.autograd.gradgradcheck(op, (x, h, c, carried, *weights))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -68,7 +76,7 @@ def test_state_is_float32_whatever_the_map(dtype):
     x = torch.randn(2, 8, 64, 64).to(dtype)
     h, c = torch.randn(2, 2, 8)
     weights = dsu_weights("split", 8, 2, torch.float32)
-    got = gap_dsu(x, h, c, weights)
+    got = gap_dsu(x, h, c, weights)[:3]
     expected = written_out(x.double(), h.double(), c.double(), [w.double() for w in weights], "sigmoid")
     for name, a, b in zip(("y", "h", "c"), got, expected, strict=True):
         assert a.dtype == torch.float32
@@ -78,12 +86,41 @@ def test_state_is_float32_whatever_the_map(dtype):
 def test_autocast_leaves_the_state_alone():
     x, (h, c) = torch.randn(2, 8, 4, 4), torch.randn(2, 2, 8)
     weights = dsu_weights("joint", 8, 2, torch.float32)
-    expected = gap_dsu(x, h, c, weights)
+    expected = gap_dsu(x, h, c, weights, carried=h)
     with torch.autocast("cpu", torch.bfloat16):
-        got = gap_dsu(x, h, c, weights)
+        got = gap_dsu(x, h, c, weights, carried=h)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_empty_batch():
     x, (h, c) = torch.randn(0, 8, 4, 4), torch.randn(2, 0, 8)
-    assert [t.shape for t in gap_dsu(x, h, c, dsu_weights("joint", 8, 2, torch.float32))] == [(0, 8)] * 3
+    weights = dsu_weights("joint", 8, 2, torch.float32)
+    assert [t.shape for t in gap_dsu(x, h, c, weights, carried=h)] == [(0, 8)] * 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["joint", "split"])
+@pytest.mark.parametrize("gate", ["context", "hidden"])
+def test_the_carry_is_gated_by_a_step_from_the_new_state(backend, form, gate):
+    h, c, y, carried = torch.randn(4, 3, 8, dtype=torch.float64)
+    weights = dsu_weights(form, 8, 2)
+    _, new_h, new_c, d = gap_dsu(y, h, c, weights, carried=carried, gate=gate, backend=backend)
+    _, hidden, context, none = gap_dsu(carried, new_h, new_c, weights, backend=backend)
+    assert none is None
+    assert_close(d, context if gate == "context" else hidden, 1e-14)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["joint", "split"])
+def test_packed_weights_are_the_same_weights(backend, form):
+    x, (h, c) = torch.randn(3, 8, 4, 4, dtype=torch.float64), torch.randn(2, 3, 8, dtype=torch.float64)
+    weights = dsu_weights(form, 8, 2)
+    require_grad(*weights)
+    packed = pack_dsu(weights)
+    for weight, unpacked in zip(weights, packed.unpack(), strict=True):
+        assert torch.equal(weight, unpacked)
+    one, other = (gap_dsu(x, h, c, w, carried=h, backend=backend) for w in (weights, packed))
+    for a, b in zip(one, other, strict=True):
+        assert_close(a, b, 1e-15)
+    for a, b in zip(gradients(one[1:], weights), gradients(other[1:], weights), strict=True):
+        assert_close(a, b, 1e-14)

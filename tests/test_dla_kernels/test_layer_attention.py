@@ -1,19 +1,24 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import assert_close, require_grad
+from test_dla_kernels.cases import stage
 
-from dla_kernels import layer_attention
+from dla_kernels import BatchNorm, backends, layer_attention
+
+BACKENDS = [name for name, runs in backends().items() if runs is True]
 
 
 def arguments(batch, channels, height, width, layers, dtype=torch.float64):
-    q = torch.randn(batch, channels, dtype=torch.float64)
-    k, gates = torch.randn(2, batch, layers, channels, dtype=torch.float64)
-    values = [torch.randn(batch, channels, height, width, dtype=torch.float64).to(dtype) for _ in range(layers)]
-    return q, k, values, gates
+    """Of a stage: q, k and gates [B, T, C], T values, and one x for all layers."""
+    q, k, gates = torch.randn(3, batch, layers, channels, dtype=torch.float64)
+    x, *values = (torch.randn(batch, channels, height, width, dtype=torch.float64).to(dtype) for _ in range(layers + 1))
+    weight, bias = torch.randn(2, channels, dtype=torch.float64)
+    return x, q, k, gates, values, BatchNorm(weight, bias)
 
 
-def written_out(q, k, values, gates, head_dim):
-    """Equation 2 head by head, on maps that are refreshed before they are attended to."""
+def written_out(q, k, gates, values, head_dim):
+    """Equation 2 head by head, on maps that are refreshed before they are attended to: q of one layer, [B, C]."""
     refreshed = torch.stack([v * g[..., None, None] for v, g in zip(values, gates.unbind(1), strict=True)], dim=1)
     heads = []
     for start in range(0, q.shape[1], head_dim):
@@ -23,65 +28,109 @@ def written_out(q, k, values, gates, head_dim):
     return torch.cat(heads, dim=1)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("shape", "layers", "head_dim"),
     [
         pytest.param((2, 64, 5, 7), 3, 32, id="two heads, odd map"),
-        pytest.param((1, 32, 1, 1), 1, 32, id="one layer, one pixel: a softmax over one key is 1"),
+        pytest.param((2, 32, 1, 1), 1, 32, id="one layer, one pixel: a softmax over one key is 1"),
         pytest.param((2, 6, 7, 7), 2, 3, id="heads of three channels"),
         pytest.param((2, 32, 2, 3), 36, 32, id="36 layers, ResNet-152's third stage"),
         pytest.param((3, 5, 4, 4), 7, 1, id="a head for each channel"),
     ],
 )
-def test_equation(shape, layers, head_dim):
-    q, k, values, gates = arguments(*shape, layers)
-    o, mean, var = layer_attention(q, k, values, gates, head_dim)
-    expected = written_out(q, k, values, gates, head_dim)
-    assert_close(o, expected, 1e-13, "o")
-    assert_close(mean, expected.mean((2, 3)), 1e-13, "mean")
-    assert_close(var, expected.var((2, 3), correction=0), 1e-12, "var")
+def test_equation(backend, shape, layers, head_dim):
+    x, q, k, gates, values, norm = arguments(*shape, layers)
+    outputs = stage(x, q, k, gates, values, norm, head_dim, backend)
+    for t, out in enumerate(outputs):
+        o = written_out(q[:, t], k[:, : t + 1], gates[:, : t + 1], values[: t + 1], head_dim)
+        expected = x + F.batch_norm(o, None, None, norm.weight, norm.bias, training=True).relu()
+        assert_close(out, expected, 1e-12, f"layer {t}")
 
 
-def test_gradcheck_of_the_reference():
-    q, k, values, gates = arguments(2, 4, 3, 2, 3)
-    require_grad(q, k, gates, *values)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck_of_a_stage(backend):
+    """Through the handles, by which a value map's gradient reaches the layer that made it."""
+    x, q, k, gates, values, norm = arguments(2, 4, 3, 2, 3)
+    inputs = (x, q, k, gates, norm.weight, norm.bias, *values)
+    require_grad(*inputs)
 
-    def op(q, k, gates, *values):
-        return layer_attention(q, k, values, gates, head_dim=2, backend="reference")
+    def op(x, q, k, gates, weight, bias, *values):
+        return stage(x, q, k, gates, values, BatchNorm(weight, bias), 2, backend)
 
-    assert torch.autograd.gradcheck(op, (q, k, gates, *values))
-    assert torch.autograd.gradgradcheck(op, (q, k, gates, *values))
-
-
-def test_large_scores_do_not_overflow():
-    q, k, values, gates = arguments(1, 32, 2, 2, 3)
-    o, *_ = layer_attention(q * 1e3, k * 1e3, values, gates)
-    assert o.isfinite().all()
+    assert torch.autograd.gradcheck(op, inputs)
+    if backend == "reference":
+        assert torch.autograd.gradgradcheck(op, inputs)
 
 
-def test_keeps_each_value_map_once():
-    """What is saved for backward grows by no stack of maps: T maps of values, nothing more of their size."""
-    q, k, values, gates = arguments(2, 32, 8, 8, 6)
-    require_grad(q, k, gates, *values)
-    saved = {}
-
-    def pack(t):
-        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        outputs = layer_attention(q, k, values, gates)
-    map_bytes = values[0].nbytes
-    # o itself is kept for its moments.
-    assert outputs[0].grad_fn is not None
-    assert sum(n >= map_bytes for n in saved.values()) <= len(values) + 1
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_value_read_elsewhere_gets_both_gradients(backend):
+    x, q, k, gates, values, norm = arguments(2, 4, 3, 2, 3)
+    require_grad(*values)
+    outputs = stage(x, q, k, gates, values, norm, 2, backend)
+    alone = torch.autograd.grad(sum(o.square().sum() for o in outputs), values, retain_graph=True)
+    both = torch.autograd.grad(sum(o.square().sum() for o in (*outputs, *values)), values)
+    for value, a, b in zip(values, alone, both, strict=True):
+        assert_close(b, a + 2 * value, 1e-12)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_layers_need_no_handles(backend):
+    x, q, k, gates, values, norm = arguments(2, 4, 3, 2, 2)
+    with torch.no_grad():
+        _, first = layer_attention(x, q[:, 0], k[:, :1], gates[:, :1], values[0], [], norm, head_dim=2, backend=backend)
+    require_grad(values[1])
+    out, _ = layer_attention(x, q[:, 1], k, gates, values[1], [first], norm, head_dim=2, backend=backend)
+    (grad,) = torch.autograd.grad(out.square().sum(), [values[1]])
+    assert grad.abs().sum() > 0
+
+
+def test_more_followers_than_announced():
+    x, q, k, gates, values, norm = arguments(2, 4, 3, 2, 2)
+    require_grad(*values)
+    _, first = layer_attention(x, q[:, 0], k[:, :1], gates[:, :1], values[0], [], norm, head_dim=2, followers=0)
+    if first.handles or BACKENDS == ["reference"]:
+        return
+    with pytest.raises(ValueError, match=r"`prior\[0\]` was made for 0 followers, this is number 1"):
+        layer_attention(x, q[:, 1], k, gates, values[1], [first], norm, head_dim=2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_scores_do_not_overflow(backend):
+    x, q, k, gates, values, norm = arguments(2, 32, 2, 2, 3)
+    assert all(out.isfinite().all() for out in stage(x, q * 1e3, k * 1e3, gates, values, norm, 32, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keeps_each_value_map_once(backend):
+    """What a stage saves grows by a fixed number of maps a layer: its value, o, and what the reference adds."""
+
+    def saved_maps(layers):
+        x, q, k, gates, values, norm = arguments(2, 32, 8, 8, layers)
+        require_grad(q, k, gates, norm.weight, *values)
+        saved = {}
+
+        def pack(t):
+            saved[t.untyped_storage().data_ptr()] = t
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            outputs = stage(x, q, k, gates, values, norm, 32, backend)
+        assert outputs[0].grad_fn is not None
+        return sum(t.untyped_storage().nbytes() >= x.nbytes for t in saved.values())
+
+    two, four, eight = map(saved_maps, (2, 4, 8))
+    assert eight - four == 2 * (four - two)
+    if backend != "reference":
+        assert (two, four, eight) == (4, 8, 16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_low_precision_maps_accumulate_in_float32(dtype):
-    q, k, values, gates = arguments(2, 32, 9, 9, 12, dtype)
-    o, mean, var = layer_attention(q.float(), k.float(), values, gates.float())
-    assert (o.dtype, mean.dtype, var.dtype) == (dtype, torch.float32, torch.float32)
-    expected = written_out(q, k, [v.double() for v in values], gates, 32)
-    assert_close(o, expected, 2 * torch.finfo(dtype).eps, "o")  # one rounding, at the end
-    assert_close(mean, expected.mean((2, 3)), 1e-5, "mean")
+def test_low_precision_maps_accumulate_in_float32(backend, dtype):
+    x, q, k, gates, values, norm = arguments(2, 32, 9, 9, 12, dtype)
+    outputs = stage(x, q.float(), k.float(), gates.float(), values, norm, 32, backend)
+    expected = stage(x.double(), q, k, gates, [v.double() for v in values], norm, 32, "reference")
+    for t, (a, e) in enumerate(zip(outputs, expected, strict=True)):
+        assert a.dtype == dtype
+        assert_close(a, e, 2 * torch.finfo(dtype).eps, f"layer {t}")  # o's rounding and its own

@@ -1,46 +1,60 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import assert_close, require_grad
 
-from dla_kernels import light_update
+from dla_kernels import BatchNorm, backends, light_update
+
+BACKENDS = [name for name, runs in backends().items() if runs is True]
+ORDER = ("x", "y", "query_weight", "key_weight", "value_weight", "carried", "carry_scale", "gate", "carry_weight")
 
 
-def arguments(batch, channels, height, width, dtype=torch.float64):
+def arguments(batch, channels, height, width, left_out=(), dtype=torch.float64):
     shape = (batch, channels, height, width)
     x, carried = (torch.randn(shape, dtype=torch.float64).to(dtype) for _ in range(2))
-    q, k, gate = torch.randn(3, batch, channels, dtype=torch.float64)
+    y, gate = torch.randn(2, batch, channels, dtype=torch.float64)
+    query_weight, key_weight = torch.randn(2, 1, 1, 3, dtype=torch.float64)
     value_weight, carry_weight = torch.randn(2, channels, 1, 3, 3, dtype=torch.float64)
     scale = torch.randn(channels, dtype=torch.float64)
-    return x, q, k, value_weight, carried, scale, gate, carry_weight
+    given = (x, y, query_weight, key_weight, value_weight, carried, scale, gate, carry_weight)
+    return {name: t for name, t in zip(ORDER, given, strict=True) if name not in left_out}
+
+
+def batch_norm(channels, **kwargs):
+    weight, bias = torch.randn(2, channels, dtype=torch.float64)
+    return BatchNorm(weight, bias, **kwargs)
 
 
 def stencil(x, weight):
     """A depthwise 3x3 convolution as nine shifted products."""
-    padded = torch.nn.functional.pad(x, (1, 1, 1, 1))
+    padded = F.pad(x, (1, 1, 1, 1))
     height, width = x.shape[2:]
     return sum(
         weight[:, 0, i, j, None, None] * padded[:, :, i : i + height, j : j + width] for i in range(3) for j in range(3)
     )
 
 
-def written_out(x, q, k, value_weight, carried, scale, gate, carry_weight, head_dim):
+def slid(y, weight):
+    """A filter of three slid along the channels, as three shifted products."""
+    padded = F.pad(y, (1, 1))
+    return sum(weight[0, 0, i] * padded[:, i : i + y.shape[1]] for i in range(3))
+
+
+def written_out(args, head_dim):
     """Equation 3 head by head."""
-    o = stencil(x, value_weight)
+    q, k = slid(args["y"], args["query_weight"]), slid(args["y"], args["key_weight"])
+    o = stencil(args["x"], args["value_weight"])
     for start in range(0, q.shape[1], head_dim):
         head = slice(start, start + head_dim)
         score = (q[:, head] * k[:, head]).sum(1) / head_dim**0.5
         o[:, head] *= score.sigmoid()[:, None, None, None]
-    if carried is not None:
-        refreshed = carried.clone() if gate is None else carried * gate[:, :, None, None]
-        if carry_weight is not None:
-            refreshed += stencil(carried, carry_weight)
-        o += scale[:, None, None] * refreshed
+    if "carried" in args:
+        gate = args.get("gate")
+        refreshed = args["carried"].clone() if gate is None else args["carried"] * gate[:, :, None, None]
+        if "carry_weight" in args:
+            refreshed += stencil(args["carried"], args["carry_weight"])
+        o += args["carry_scale"][:, None, None] * refreshed
     return o
-
-
-def without(args, *names):
-    order = ("x", "q", "k", "value_weight", "carried", "scale", "gate", "carry_weight")
-    return [None if name in names else arg for name, arg in zip(order, args, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -60,50 +74,76 @@ def without(args, *names):
         pytest.param(("carry_weight",), id="PAPER"),
         pytest.param(("gate", "carry_weight"), id="MRLA"),
         pytest.param(("gate",), id="3x3 term alone"),
-        pytest.param(("carried", "scale", "gate", "carry_weight"), id="first layer"),
+        pytest.param(("carried", "carry_scale", "gate", "carry_weight"), id="first layer"),
     ],
 )
 def test_equation(shape, head_dim, left_out):
-    args = without(arguments(*shape), *left_out)
-    o, mean, var = light_update(*args, head_dim)
-    expected = written_out(*args, head_dim)
-    assert_close(o, expected, 1e-14, "o")
-    assert_close(mean, expected.mean((2, 3)), 1e-12, "mean")
-    assert_close(var, expected.var((2, 3), correction=0), 1e-13, "var")
+    args = arguments(*shape, left_out)
+    running = torch.randn(shape[1], dtype=torch.float64), torch.rand(shape[1], dtype=torch.float64) + 0.5
+    expected = written_out(args, head_dim)
+    for norm in (
+        batch_norm(shape[1]),
+        batch_norm(shape[1])._replace(running_mean=running[0], running_var=running[1], training=False),
+    ):
+        if norm.training and shape[0] * shape[2] * shape[3] == 1:
+            continue
+        out, out_mean, o, o_mean = light_update(**args, norm=norm, head_dim=head_dim)
+        assert_close(o, expected, 1e-14, "o")
+        assert_close(o_mean, expected.mean((2, 3)), 1e-12, "GAP of o")
+        normed = F.batch_norm(expected, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training)
+        assert_close(out, args["x"] + normed, 1e-12, "out")
+        assert_close(out_mean, (args["x"] + normed).mean((2, 3)), 1e-12, "GAP of out")
 
 
-@pytest.mark.parametrize("left_out", [(), ("carry_weight",), ("carried", "scale", "gate", "carry_weight")])
+@pytest.mark.parametrize("left_out", [(), ("carry_weight",), ("carried", "carry_scale", "gate", "carry_weight")])
 def test_gradcheck_of_the_reference(left_out):
-    args = without(arguments(2, 4, 3, 2), *left_out)
-    given = [a for a in args if a is not None]
+    args = arguments(2, 4, 3, 2, left_out)
+    norm = batch_norm(4)
+    given = (*args.values(), norm.weight, norm.bias)
     require_grad(*given)
 
     def op(*tensors):
-        tensors = iter(tensors)
-        return light_update(*(None if a is None else next(tensors) for a in args), 2, backend="reference")
+        *tensors, weight, bias = tensors
+        named = dict(zip(args, tensors, strict=True))
+        return light_update(**named, norm=BatchNorm(weight, bias), head_dim=2, backend="reference")
 
     assert torch.autograd.gradcheck(op, given)
     assert torch.autograd.gradgradcheck(op, given)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_low_precision_maps_accumulate_in_float32(dtype, layout):
-    x, q, k, wv, carried, scale, gate, wc = arguments(2, 32, 9, 9, dtype)
-    x, carried = (t.to(memory_format=layout) for t in (x, carried))
-    vectors = [t.float() for t in (q, k, wv, scale, gate, wc)]
-    o, mean, var = light_update(x, *vectors[:3], carried, *vectors[3:])
-    assert (o.dtype, mean.dtype, var.dtype) == (dtype, torch.float32, torch.float32)
-    expected = written_out(x.double(), q, k, wv, carried.double(), scale, gate, wc, 32)
+def test_low_precision_maps_accumulate_in_float32(backend, dtype, layout):
+    args = arguments(2, 32, 9, 9, dtype=dtype)
+    expected = written_out({name: t.double() for name, t in args.items()}, 32)
+    args = {n: t.to(memory_format=layout) if n in ("x", "carried") else t.float() for n, t in args.items()}
+    norm = batch_norm(32)
+    out, out_mean, o, o_mean = light_update(**args, norm=norm, backend=backend)
+    assert (out.dtype, out_mean.dtype, o.dtype, o_mean.dtype) == (dtype, torch.float32, dtype, torch.float32)
     assert_close(o, expected, 2 * torch.finfo(dtype).eps, "o")  # one rounding, at the end
-    assert_close(var, expected.var((2, 3), correction=0), 1e-6, "var")
+    assert_close(o_mean, expected.mean((2, 3)), 1e-5, "GAP of o")
 
 
-def test_nan_stays_where_it_falls():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_stays_in_its_sample_and_channel(backend):
     args = arguments(2, 32, 5, 5)
-    args[0][0, 3, 2, 2] = torch.nan
-    o, mean, _ = light_update(*args)
+    args["x"][0, 3, 2, 2] = torch.nan
+    out, _, o, o_mean = light_update(**args, norm=batch_norm(32), backend=backend)
     expected = torch.zeros_like(o, dtype=torch.bool)
     expected[0, 3, 1:4, 1:4] = True
     assert torch.equal(o.isnan(), expected)
-    assert mean.isnan().nonzero().tolist() == [[0, 3]]
+    assert o_mean.isnan().nonzero().tolist() == [[0, 3]]
+    assert out.isnan().any((0, 2, 3)).nonzero().tolist() == [[3]]  # BatchNorm takes the whole channel
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_o_is_left_out_where_it_is_not_needed(backend):
+    args = arguments(2, 32, 5, 5)
+    norm = batch_norm(32, running_mean=torch.zeros(32), running_var=torch.ones(32), training=False)
+    with torch.no_grad():
+        out, _, o, o_mean = light_update(**args, norm=norm, need_o=False, backend=backend)
+        expected = light_update(**args, norm=norm, backend=backend)
+    assert o is None
+    assert_close(out, expected[0], 1e-15)
+    assert_close(o_mean, expected[3], 1e-15)

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_close, gradients, require_grad
 
-from dla_kernels import backends, norm_residual
+from dla_kernels import BatchNorm, backends, norm_residual
 
 BACKENDS = [name for name, runs in backends().items() if runs is True]
 RELU = [None, "branch", "sum"]
@@ -21,10 +21,6 @@ def arguments(batch, channels, height, width, dtype=torch.float64):
     return x, o, weight, bias
 
 
-def moments(o):
-    return o.mean((2, 3)), o.var((2, 3), correction=0)
-
-
 def with_torch(x, o, weight, bias, keep, relu):
     """What torch's own modules compute in training."""
     branch = F.batch_norm(o, None, None, weight, bias, training=True, eps=1e-5)
@@ -39,22 +35,16 @@ def with_torch(x, o, weight, bias, keep, relu):
 @pytest.mark.parametrize("keep", [None, (0.0, 1.25, 1.25)])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("given", [False, True], ids=["own statistics", "moments given"])
-def test_training_is_batch_norm_of_torch(backend, shape, keep, relu, layout, given):
+def test_training_is_batch_norm_of_torch(backend, shape, keep, relu, layout):
     x, o, weight, bias = arguments(*shape)
     x, o = (t.to(memory_format=layout) for t in (x, o))
     keep = None if keep is None else torch.tensor(keep[: shape[0]], dtype=torch.float64)
     inputs = (x, o, weight, bias)
     require_grad(*inputs)
-    statistics = moments(o) if given else (None, None)
-    out, y, mean, var = norm_residual(x, o, weight, bias, *statistics, keep, 1e-5, relu, backend)
+    out, y = norm_residual(x, o, BatchNorm(weight, bias), keep, relu, backend)
     expected = with_torch(x, o, weight, bias, keep, relu)
     assert_close(out, expected[0], 1e-13, "out")
     assert_close(y, expected[1], 1e-13, "y")
-    assert_close(mean, o.mean((0, 2, 3)), 1e-13, "mean")
-    assert_close(var, o.var((0, 2, 3), correction=0), 1e-13, "var")
-    assert not mean.requires_grad
-    assert not var.requires_grad
     for outputs in (slice(0, 2), slice(0, 1), slice(1, 2)):  # both, out alone, y alone
         got, wanted = gradients((out, y)[outputs], inputs), gradients(expected[outputs], inputs)
         for name, a, b in zip(("x", "o", "weight", "bias"), got, wanted, strict=True):
@@ -63,9 +53,7 @@ def test_training_is_batch_norm_of_torch(backend, shape, keep, relu, layout, giv
                 assert_close(a + 1, b + 1, 1e-13, "gradient of o, nearly zero")
             else:
                 assert_close(a, b, 1e-12, f"gradient of {name}")
-        out, y, *_ = norm_residual(
-            x, o, weight, bias, *(moments(o) if given else ()), keep=keep, relu=relu, backend=backend
-        )
+        out, y = norm_residual(x, o, BatchNorm(weight, bias), keep, relu, backend)
         expected = with_torch(x, o, weight, bias, keep, relu)
 
 
@@ -74,29 +62,55 @@ def test_training_is_batch_norm_of_torch(backend, shape, keep, relu, layout, giv
 def test_eval_takes_the_running_statistics(backend, relu):
     x, o, weight, bias = arguments(2, 8, 5, 7)
     mean, var = torch.randn(8, dtype=torch.float64), torch.rand(8, dtype=torch.float64) + 0.5
-    out, y, *used = norm_residual(x, o, weight, bias, mean, var, relu=relu, backend=backend)
+    norm = BatchNorm(weight, bias, mean.clone(), var.clone(), training=False)
+    out, y = norm_residual(x, o, norm, relu=relu, backend=backend)
     branch = F.batch_norm(o, mean, var, weight, bias)
     expected = {None: x + branch, "branch": x + branch.relu(), "sum": (x + branch).relu()}[relu]
     assert_close(out, expected, 1e-14)
     assert_close(y, expected.mean((2, 3)), 1e-13)
-    assert torch.equal(used[0], mean)
-    assert torch.equal(used[1], var)
+    assert torch.equal(norm.running_mean, mean)
+    assert torch.equal(norm.running_var, var)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_keeps_the_books_of_torch(backend, momentum, dtype):
+    module, other = (torch.nn.BatchNorm2d(8, momentum=momentum).to(dtype) for _ in range(2))
+    for _ in range(3):
+        o = (torch.randn(4, 8, 5, 7) + 1).to(dtype)
+        norm_residual(torch.zeros_like(o), o, BatchNorm.of(module), backend=backend)
+        F.batch_norm(
+            o, other.running_mean, other.running_var, None, None, True,
+            momentum if momentum is not None else 1 / (1 + other.num_batches_tracked.item()),
+        )  # fmt: skip
+        other.num_batches_tracked += 1
+    assert module.num_batches_tracked == 3
+    assert_close(module.running_mean, other.running_mean, 4 * torch.finfo(dtype).eps)
+    assert_close(module.running_var, other.running_var, 4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_books_are_kept_where_there_are_none(backend):
+    module = torch.nn.BatchNorm2d(8, track_running_stats=False).eval()
+    x, o, *_ = arguments(4, 8, 5, 7, torch.float32)
+    out, _ = norm_residual(x, o, BatchNorm.of(module), backend=backend)
+    assert_close(out, x + module(o), 1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("relu", RELU)
-@pytest.mark.parametrize("per_sample", [True, False])
-def test_gradcheck_with_statistics(backend, relu, per_sample):
+@pytest.mark.parametrize("training", [True, False])
+def test_gradcheck(backend, relu, training):
     x, o, weight, bias = arguments(2, 3, 3, 2)
+    running = {} if training else {"running_mean": o.mean((0, 2, 3)), "running_var": o.var((0, 2, 3))}
     keep = torch.tensor([1.25, 0.5], dtype=torch.float64)
-    mean, var = moments(o)
-    if not per_sample:
-        mean, var = mean.mean(0), var.mean(0)
-    inputs = (x, o, weight, bias, mean, var, keep)
+    inputs = (x, o, weight, bias, keep)
     require_grad(*inputs)
 
-    def op(x, o, weight, bias, mean, var, keep):
-        return norm_residual(x, o, weight, bias, mean, var, keep, relu=relu, backend=backend)[:2]
+    def op(x, o, weight, bias, keep):
+        norm = BatchNorm(weight, bias, **running, training=training)
+        return norm_residual(x, o, norm, keep, relu, backend)
 
     assert torch.autograd.gradcheck(op, inputs)
     if backend == "reference":
@@ -107,29 +121,14 @@ def test_gradcheck_with_statistics(backend, relu, per_sample):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("relu", RELU)
-def test_gradcheck_of_own_statistics(backend, relu):
-    x, o, weight, bias = arguments(2, 3, 3, 2)
-    keep = torch.tensor([1.25, 0.5], dtype=torch.float64)
-    inputs = (x, o, weight, bias, keep)
-    require_grad(*inputs)
-
-    def op(x, o, weight, bias, keep):
-        return norm_residual(x, o, weight, bias, keep=keep, relu=relu, backend=backend)[:2]
-
-    assert torch.autograd.gradcheck(op, inputs)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_statistics_survive_a_mean_far_from_zero(backend, layout):
     """A variance from sums of squares would lose every digit in float32 here."""
     o = (1e4 + torch.randn(4, 8, 16, 16, dtype=torch.float64)).float().to(memory_format=layout)
     x, weight, bias = torch.zeros_like(o), torch.ones(8), torch.zeros(8)
     expected = F.batch_norm(o.double(), None, None, training=True)
-    for statistics in (moments(o), (None, None)):
-        out, *_ = norm_residual(x, o, weight, bias, *statistics, backend=backend)
-        assert_close(out, expected, 1e-2)
+    out, _ = norm_residual(x, o, BatchNorm(weight, bias), backend=backend)
+    assert_close(out, expected, 1e-2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -141,8 +140,8 @@ def test_maps_keep_their_dtype(backend, dtype, layout, relu):
     x, o = (t.to(memory_format=layout) for t in (x, o))
     leaves = (x, o, weight.float(), bias.float())
     require_grad(*leaves)
-    out, y, mean, _ = norm_residual(*leaves, relu=relu, backend=backend)
-    assert (out.dtype, y.dtype, mean.dtype) == (dtype, torch.float32, torch.float32)
+    out, y = norm_residual(*leaves[:2], BatchNorm(*leaves[2:]), relu=relu, backend=backend)
+    assert (out.dtype, y.dtype) == (dtype, torch.float32)
     doubles = [t.detach().double().requires_grad_() for t in leaves]
     expected = with_torch(*doubles, None, relu)
     assert_close(out, expected[0], torch.finfo(dtype).eps, "out")  # one rounding, at the end
@@ -158,8 +157,8 @@ def test_maps_keep_their_dtype(backend, dtype, layout, relu):
 def test_nan_passes_through_the_relu(backend):
     x, o, weight, bias = arguments(2, 8, 4, 4)
     x[1, 2, 0, 3] = torch.nan
-    mean, var = torch.zeros(8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
+    norm = BatchNorm(weight, bias)
     for relu in RELU:
-        out, y, *_ = norm_residual(x, o, weight, bias, mean, var, relu=relu, backend=backend)
+        out, y = norm_residual(x, o, norm, relu=relu, backend=backend)
         assert out.isnan().nonzero().tolist() == [[1, 2, 0, 3]]
         assert y.isnan().nonzero().tolist() == [[1, 2]]

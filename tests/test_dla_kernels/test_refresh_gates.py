@@ -18,7 +18,7 @@ def test_is_one_dsu_step_for_each_layer(form, gate, layers):
     features, gates, h, c, weights = arguments(3, layers, 8, form)
     got = refresh_gates(features, gates, h, c, weights, gate=gate)
     for m in range(layers):
-        _, hidden, context = gap_dsu(features[:, m] * gates[:, m], h, c, weights)
+        _, hidden, context, _ = gap_dsu(features[:, m] * gates[:, m], h, c, weights)
         d = context if gate == "context" else hidden
         assert_close(got[:, m], gates[:, m] * d, 1e-14, f"gates of layer {m}")
 

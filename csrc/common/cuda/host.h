@@ -16,16 +16,6 @@ void on_cuda_dtype(const Tensor& x, const Body& body) {
     on_dtype_of<__nv_bfloat16, __half>(x, body);
 }
 
-// Uninitialised, of the dtype that goes with the maps of x's dtype.
-inline Tensor new_state(const Tensor& x, std::initializer_list<int64_t> sizes) {
-    const bool wide = x.scalar_type() == ScalarType::Double;
-    return torch::stable::new_empty(x, {sizes.begin(), sizes.size()}, wide ? ScalarType::Double : ScalarType::Float);
-}
-
-inline std::optional<Tensor> in_layout(const std::optional<Tensor>& x, bool channels_last) {
-    return x ? std::optional<Tensor>(in_layout(*x, channels_last)) : std::nullopt;
-}
-
 // A map like this one, or the empty tensor that stands for one that is not needed.
 inline Tensor map_or_empty(bool need, const Tensor& like) {
     return need ? torch::stable::empty_like(like) : new_tensor(like, {0});

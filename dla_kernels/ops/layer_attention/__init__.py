@@ -92,7 +92,9 @@ def layer_attention(
         recording = torch.is_grad_enabled()
         for m, earlier in enumerate(prior):
             if recording and earlier.value.requires_grad and len(prior) - m > len(earlier.handles):
-                check.fail(f"`prior[{m}]` was made for {len(earlier.handles)} followers, this is number {len(prior) - m}")
+                check.fail(
+                    f"`prior[{m}]` was made for {len(earlier.handles)} followers, this is number {len(prior) - m}"
+                )
         out, layer, mean, var, share = attend(
             x, q, k, gates, value, prior, norm, keep, head_dim, followers if recording else 0, chosen
         )

@@ -81,7 +81,7 @@ def attend(
 ) -> tuple[Tensor, Layer, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """The op under autograd: its output, its layer, and what is said of the statistics."""
     handles = [layer.handles[len(prior) - m - 1] for m, layer in enumerate(prior) if layer.handles]  # else no gradient
-    out, mean, var, share, *edges = LayerAttention.apply(
+    out, *edges, _, mean, var, share = LayerAttention.apply(
         x, q, k, gates, value, norm.weight, norm.bias, keep, *norm.constants, norm.eps, head_dim, norm.group,
         followers, backend, len(prior), *(layer.value for layer in prior), *(t for handle in handles for t in handle),
     )  # fmt: skip
@@ -116,7 +116,7 @@ class LayerAttention(torch.autograd.Function):
                 q.new_empty(1).expand(batch, layers + later + 1, channels),
             )
         ]
-        return out, mean, var, share, o, *edges
+        return out, *edges, o, mean, var, share
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -124,7 +124,7 @@ class LayerAttention(torch.autograd.Function):
             _, q, k, gates, value, weight, bias, keep, constant, _, ctx.eps, ctx.head_dim, ctx.group, _, ctx.backend,
             ctx.prior, *rest,
         ) = inputs  # fmt: skip
-        _, mean, var, share, o, *_ = output
+        *_, o, mean, var, share = output
         ctx.mark_non_differentiable(*(t for t in (mean, var, share, o) if t is not None))
         ctx.set_materialize_grads(False)
         ctx.own_statistics = constant is None
@@ -132,7 +132,8 @@ class LayerAttention(torch.autograd.Function):
         ctx.save_for_backward(o, mean, var, share, weight, bias, keep, q, k, gates, *rest[: ctx.prior], value)
 
     @staticmethod
-    def backward(ctx, grad_out: Tensor | None, _mean, _var, _share, _o, *edges: Tensor | None):
+    def backward(ctx, grad_out: Tensor | None, *edges: Tensor | None):
+        *edges, _, _, _, _ = edges  # o and the statistics are detached
         saved = ctx.saved_tensors  # once: checkpointing computes it anew at every look
         o, mean, var, share, weight, bias, keep, q, k, gates, *values = saved
         if grad_out is None:

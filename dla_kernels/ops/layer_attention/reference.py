@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dla_kernels.batch_norm import BatchNorm
-from dla_kernels.common import accumulate_dtype, expand_heads
+from dla_kernels.common import accumulate_dtype, as_stored, expand_heads
 from dla_kernels.ops.norm_residual.reference import norm_residual
 
 
@@ -34,5 +34,5 @@ def layer_attention(
     dtype = accumulate_dtype(x)
     # One product a layer, not a stack of maps: autograd then keeps each value map once, however many layers read it.
     o = sum(w[..., None, None] * v.to(dtype) for w, v in zip(weights.unbind(1), values, strict=True))
-    out, _, *statistics = norm_residual(x, o, norm, keep, relu="branch")
+    out, _, *statistics = norm_residual(x, as_stored(o, x.dtype), norm, keep, relu="branch")
     return out, *statistics

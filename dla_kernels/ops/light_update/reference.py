@@ -4,7 +4,15 @@ import torch
 from torch import Tensor
 
 from dla_kernels.batch_norm import BatchNorm
-from dla_kernels.common import accumulate_dtype, channel_conv, depthwise3x3, expand_heads, gap, without_autocast
+from dla_kernels.common import (
+    accumulate_dtype,
+    as_stored,
+    channel_conv,
+    depthwise3x3,
+    expand_heads,
+    gap,
+    without_autocast,
+)
 from dla_kernels.ops.norm_residual.reference import norm_residual
 
 
@@ -44,5 +52,6 @@ def light_update(
         if carry_weight is not None:
             refreshed = refreshed + depthwise3x3(prior, carry_weight)
         o = o + carry_scale[:, None, None] * refreshed
-    out, out_mean, *statistics = norm_residual(x, o, norm, keep, relu=None)
+    # The sum's BatchNorm sees o as a map keeps it.
+    out, out_mean, *statistics = norm_residual(x, as_stored(o, x.dtype), norm, keep, relu=None)
     return out, out_mean, o.to(x.dtype), gap(o), *statistics

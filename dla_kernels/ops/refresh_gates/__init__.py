@@ -12,6 +12,7 @@ from dla_kernels.ops.gap_dsu import pack_dsu
 from dla_kernels.ops.refresh_gates import reference
 from dla_kernels.ops.refresh_gates.function import RefreshGates
 
+
 def refresh_gates(
     features: Tensor,  # [B, T, C]
     gates: Tensor,  # [B, T, C]

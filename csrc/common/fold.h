@@ -1,0 +1,54 @@
+// Writing a block's output straight from o in inference, where BatchNorm is a scale and a shift: x + scale * o + shift,
+// or x + ReLU(scale * o + shift). Included inside an instruction set's namespace.
+
+template <class A, int N = kLanes<A>>
+inline Vec<A, N> folded(Vec<A, N> x, Vec<A, N> o, Vec<A, N> scale, Vec<A, N> shift, bool relu) {
+    const Vec<A, N> normed = scale * o + shift;
+    return x + (relu ? (normed <= 0 ? Vec<A, N>{} : normed) : normed);
+}
+
+// o [H, W], `pitch` apart, readable up to a whole vector beyond every row -> out, and itself where o_out is given;
+// returns the sum of out.
+template <class A, int N, class T>
+A fold_plane(const A* o, int64_t pitch, int64_t H, int64_t W, const T* x, A scale, A shift, bool relu, T* out,
+             T* o_out) {
+    const auto a = broadcast<A, N>(scale), b = broadcast<A, N>(shift);
+    Vec<A, N> total = {};
+    for (int64_t i = 0; i < H; ++i) {
+        for (int64_t j = 0; j < W; j += N) {
+            const int64_t p = i * W + j, n = W - j;
+            const auto value = load<A, N>(o + i * pitch + j);
+            if (o_out) store<A, N>(o_out + p, value, n);
+            const auto sum_of = folded<A, N>(load<A, N>(x + p, n), value, a, b, relu);
+            store<A, N>(out + p, sum_of, n);
+            total += keep_lanes<A, N>(sum_of, n);
+        }
+    }
+    return sum<A, N>(total);
+}
+
+// The same of channels_last pixels: o [pixels, C], `pitch` apart and readable up to a whole vector beyond C; x, out and
+// o_out point to the first pixel, each with a stride of its own. Adds o and out to their totals [C], where given.
+template <class A, class T>
+void fold_pixels(const A* o, int64_t pitch, int64_t pixels, int64_t C, const T* x, int64_t x_pitch, const A* scale,
+                 const A* shift, bool relu, T* out, int64_t out_pitch, T* o_out, int64_t o_pitch, A* o_totals,
+                 A* out_totals) {
+    const auto add = [&](A* totals, int64_t c, Vec<A> total) {
+        if (totals) store<A>(totals + c, load<A>(totals + c, C - c) + total, C - c);
+    };
+    for (int64_t c = 0; c < C; c += kLanes<A>) {
+        const int64_t n = C - c;
+        const auto a = load<A>(scale + c, n), b = load<A>(shift + c, n);
+        Vec<A> o_total = {}, out_total = {};
+        for (int64_t p = 0; p < pixels; ++p) {
+            const auto value = load<A>(o + p * pitch + c);
+            const auto sum_of = folded<A>(load<A>(x + p * x_pitch + c, n), value, a, b, relu);
+            o_total += value;
+            out_total += sum_of;
+            if (o_out) store<A>(o_out + p * o_pitch + c, value, n);
+            store<A>(out + p * out_pitch + c, sum_of, n);
+        }
+        add(o_totals, c, o_total);
+        add(out_totals, c, out_total);
+    }
+}
