@@ -44,7 +44,7 @@ class BatchNorm(NamedTuple):
         )  # fmt: skip
 
     def to(self, dtype: torch.dtype) -> "BatchNorm":
-        """With weight, bias and constant statistics in ``dtype``; running ones that training writes stay as they are."""
+        """With weight, bias and constant statistics in ``dtype``; running ones that training writes keep their own."""
         running = (self.running_mean, self.running_var)
         if not self.training:
             running = (t.to(dtype) for t in running)

@@ -11,8 +11,8 @@ from dla_kernels import native
 
 pytestmark = pytest.mark.skipif(native.ERROR is not None, reason=str(native.ERROR))
 
-# Float64 differs by the order of sums alone. Float32 is compared with float64, so sums over a map count. A low precision
-# is compared with itself, as both keep their maps in it: an element has one rounding, half an epsilon at most.
+# Float64 differs by the order of sums alone. Float32 is compared with float64, so sums over a map count. A low
+# precision is compared with itself, as both keep their maps in it: an element has one rounding, half an epsilon.
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 # BatchNorm takes a channel's scale out, so the gradients of what scales o are sums that all but cancel.

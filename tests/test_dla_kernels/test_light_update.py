@@ -79,12 +79,10 @@ def written_out(args, head_dim):
 )
 def test_equation(shape, head_dim, left_out):
     args = arguments(*shape, left_out)
-    running = torch.randn(shape[1], dtype=torch.float64), torch.rand(shape[1], dtype=torch.float64) + 0.5
+    mean, var = torch.randn(shape[1], dtype=torch.float64), torch.rand(shape[1], dtype=torch.float64) + 0.5
     expected = written_out(args, head_dim)
-    for norm in (
-        batch_norm(shape[1]),
-        batch_norm(shape[1])._replace(running_mean=running[0], running_var=running[1], training=False),
-    ):
+    training = batch_norm(shape[1])
+    for norm in (training, training._replace(running_mean=mean, running_var=var, training=False)):
         if norm.training and shape[0] * shape[2] * shape[3] == 1:
             continue
         out, out_mean, o, o_mean = light_update(**args, norm=norm, head_dim=head_dim)
