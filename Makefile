@@ -4,16 +4,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc tests/cuda_on_cpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(CPP) $(shell find dla dla_kernels -name '*.py')
 
-.PHONY: help demo test test-all bench lint format clean
+.PHONY: help demo test test-all bench gpu lint format clean
 
 help:
 	@echo "make demo      train DLA-L-20, MRLA-L-20 and ResNet-20 on handwritten digits; results in demo/"
 	@echo "make test      the tests"
 	@echo "make test-all  the tests with the slow ones"
 	@echo "make bench     what each layer interaction costs against the plain network, on this machine"
+	@echo "make gpu       tests, compute-sanitizer and benchmarks of the kernels on this machine's GPU; results in benchmarks/results/"
 	@echo "make lint      check style;  make format  mend it"
 
 demo: $(VENV)/.package
@@ -27,6 +28,9 @@ test-all: $(VENV)/.package
 
 bench: $(VENV)/.package
 	$(BIN)/pytest benchmarks/models.py
+
+gpu: $(VENV)/.package
+	$(BIN)/python benchmarks/gpu.py
 
 lint: $(VENV)/.package
 	$(BIN)/ruff check

@@ -57,7 +57,9 @@ def build_once(folder: Path, sources: list[Path], flags: list[str] | None = None
 def sanitizer_environment() -> dict[str, str]:
     """What a process needs to load a library built with SANITIZE."""
     runtimes = [
-        subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            [COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")  # the latter so that exceptions are seen from the start
     ]
     return os.environ | {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
