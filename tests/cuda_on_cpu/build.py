@@ -23,8 +23,8 @@ FLAGS = [
     *("-std=c++17", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden"),
     *("-Wall", "-Wno-unknown-pragmas", "-Wno-unused-variable", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
 ]
-#: An access out of bounds or not aligned ends the process.
-SANITIZE = ["-fsanitize=address,alignment", "-fsanitize-undefined-trap-on-error", "-fno-omit-frame-pointer"]
+#: An access out of bounds or not aligned ends the process. Compiling takes longer than running, hence -O0.
+SANITIZE = ["-O0", "-fsanitize=address,alignment", "-fsanitize-undefined-trap-on-error", "-fno-omit-frame-pointer"]
 COMPILER = shutil.which("g++")
 
 

@@ -119,10 +119,27 @@ unsigned alive;
 const std::function<void()>* body;
 const char* failure = "no error";
 
+// Lets the next thread in order go on that can, or tells the scheduler that there is none.
+void give_way() {
+    Thread* const last = running;
+    const int64_t n = int64_t(threads.size()), step = reversed ? n - 1 : 1;
+    int64_t i = running - threads.data();
+    for (int64_t k = 0; k < n; ++k) {
+        i = (i + step) % n;
+        if (!threads[i].runnable()) continue;
+        running = &threads[i];
+        running->waits_for = nullptr;
+        threadIdx = running->index;
+        if (running != last) last->context.switch_to(running->context);
+        return;
+    }
+    last->context.switch_to(scheduler);
+}
+
 void pause(const int64_t& round) {
     running->waits_for = &round;
     running->before = round;
-    running->context.switch_to(scheduler);
+    give_way();
 }
 
 // Threads that have ended no longer hold a barrier up.
@@ -137,7 +154,7 @@ void thread_entry() {
     running->done = true;
     --alive;
     if (barrier.arrived) release_if_complete();
-    running->context.switch_to(scheduler);
+    give_way();
 }
 
 bool run_block() {
@@ -150,21 +167,12 @@ bool run_block() {
         threads[i].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
         threads[i].context.start(stacks.get() + i * kStack, thread_entry);
     }
-    while (alive) {
-        bool progress = false;
-        for (unsigned k = 0; k < n; ++k) {
-            Thread& thread = threads[reversed ? n - 1 - k : k];
-            if (!thread.runnable()) continue;
-            progress = true;
-            thread.waits_for = nullptr;
-            running = &thread;
-            threadIdx = thread.index;
-            scheduler.switch_to(thread.context);
-        }
-        if (!progress) {
-            failure = "threads wait for a barrier that others never reach";
-            return false;
-        }
+    running = &threads[reversed ? n - 1 : 0];
+    threadIdx = running->index;
+    scheduler.switch_to(running->context);
+    if (alive) {
+        failure = "threads wait for a barrier that others never reach";
+        return false;
     }
     return true;
 }

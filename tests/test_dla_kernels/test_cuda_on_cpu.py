@@ -11,7 +11,7 @@ import pytest
 import torch
 from cuda_on_cpu import backend, build
 from helpers import assert_close
-from test_dla_kernels.cases import ROWS, TYPICAL
+from test_dla_kernels.cases import MAKE, ROWS, TYPICAL
 from test_dla_kernels.test_fused import LIMITS, check
 
 import dla_kernels
@@ -58,6 +58,11 @@ def test_matches_the_reference(make, order):
     order.reverse()
     for name, value in call.run(backend.NAME).items():
         assert torch.equal(value, first[name]), name
+
+
+def test_several_samples_in_a_block(order):
+    """Where the planes are more than the blocks that a launch makes."""
+    check(MAKE["norm_residual"](9, 2112, 1, 1, torch.float32, keep=True), LIMITS[torch.float32], backend.NAME)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
