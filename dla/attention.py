@@ -66,7 +66,7 @@ class BaseLayerAttention(_LayerAttention):
         super().__init__(channels, head_dim, drop_path)
 
     def forward(
-        self, x: Tensor, y: Tensor, keys: Tensor, value: Tensor, prior: list[Layer], gates: Tensor, followers: int = 0
+        self, x: Tensor, y: Tensor, keys: Tensor, gates: Tensor, prior: list[Layer], followers: int = 0
     ) -> tuple[Tensor, Layer]:
         """Attends from the block's map over the T layers so far, and adds the result.
 
@@ -74,17 +74,16 @@ class BaseLayerAttention(_LayerAttention):
             x: [B, C, H, W] the block's map.
             y: [B, C] its GAP.
             keys: [B, T, C] refreshed keys.
-            value: [B, C, H, W] the block's own value map.
-            prior: the T - 1 layers before, as this returned them.
             gates: [B, T, C] cumulative gates of the values.
+            prior: the T - 1 layers before, as this returned them.
             followers: how many later blocks may attend to this one.
 
         Returns:
             [B, C, H, W] the block's output, and its layer.
         """
         return layer_attention(
-            x, self.query_of(y), keys, gates, value, prior, BatchNorm.of(self.bn), self.keep(x), self.head_dim,
-            followers,
+            x, self.query_of(y), keys, gates, self.value.weight, prior, BatchNorm.of(self.bn), self.keep(x),
+            self.head_dim, followers,
         )  # fmt: skip
 
     def weights(self, y: Tensor, keys: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Layer-wise information integration also takes its ``drop_path``. One that has ``
 shortcut)`` saves layer attention a pass over the map.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -62,34 +62,26 @@ class BaseStage(_AttentionStage):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        state, layers, features, gates = None, [], None, None
+        state, layers = None, []
+        key_value = self.config.cache == "key_value"
+        # [B, T, C] each: one set of features and gates for a layer, or one for its key and one for its value.
+        features, gates = ([None] * (2 if key_value else 1) for _ in range(2))
         for block, attention in zip(self.blocks, self.attention, strict=True):
             x, y, _ = _output(block, x)
             if self.cell is not None:
                 state = self.cell(y, state or self.cell.initial_state(y))
                 if layers:
-                    gates = self.refresh(features.flatten(1, 2), gates.flatten(1, 2), state).view_as(gates)
-            value = attention.value(x)
-            features = _append(features, self._features(attention, y, value))
-            gates = _append(gates, torch.ones_like(features[:, :, -1]))
-            keys, followers = self._keys(features, gates), len(self.blocks) - len(layers) - 1
-            x, layer = attention(x, y, keys, value, layers, gates[:, -1], followers)
+                    gates = self.refresh(_joined(features), _joined(gates), state).chunk(len(features), dim=1)
+            features[0] = _append(features[0], attention.key_of(y) if key_value else y)
+            gates = [_append(g, torch.ones_like(y)) for g in gates]
+            keys = features[0] * gates[0]
+            if not key_value:
+                keys = channel_conv(keys, torch.cat([a.key.weight for a in self.attention[: len(layers) + 1]]))
+            x, layer = attention(x, y, keys, gates[-1], layers, len(self.blocks) - len(layers) - 1)
+            if key_value:
+                features[1] = _append(features[1], layer.pooled)
             layers = [*layers, layer]
         return x
-
-    def _features(self, attention: BaseLayerAttention, y: Tensor, value: Tensor) -> Tensor:
-        """What is gated of a layer, [B, S, C]: one set of features, or one for keys and one for values."""
-        if self.config.cache == "input":
-            return y[:, None]
-        return torch.stack([attention.key_of(y), gap(value)], dim=1)
-
-    def _keys(self, features: Tensor, gates: Tensor) -> Tensor:
-        """The refreshed keys, [B, T, C]; every layer's by its own filter."""
-        refreshed = features[:, 0] * gates[:, 0]
-        if self.config.cache == "key_value":
-            return refreshed
-        filters = [attention.key.weight for attention in self.attention[: refreshed.shape[1]]]
-        return channel_conv(refreshed, torch.cat(filters))
 
 
 class LightStage(_AttentionStage):
@@ -236,6 +228,11 @@ def _output(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _append(stack: Tensor | None, item: Tensor) -> Tensor:
-    """[B, S, T, C] and [B, S, C] -> [B, S, T + 1, C]."""
-    item = item[:, :, None]
-    return item if stack is None else torch.cat([stack, item], dim=2)
+    """[B, T, C] and [B, C] -> [B, T + 1, C]."""
+    item = item[:, None]
+    return item if stack is None else torch.cat([stack, item], dim=1)
+
+
+def _joined(sets: Sequence[Tensor]) -> Tensor:
+    """S of [B, T, C] -> [B, S T, C]."""
+    return sets[0] if len(sets) == 1 else torch.cat(list(sets), dim=1)

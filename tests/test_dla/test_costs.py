@@ -86,5 +86,5 @@ def test_maps_kept_for_the_backward(interaction, maps, config):
         return more / (many - few) / x.nbytes
 
     for few, many in ((4, 8), (8, 16)):
-        # A tenth of a map for vectors of (B, T, C), which do grow with the depth, and for weights.
-        assert maps_per_block(interaction, few, many) - maps_per_block(None, few, many) <= maps + 0.1
+        # Beside maps of 1024 pixels about ten vectors of (B, T, C), which do grow with the depth, and the weights.
+        assert maps_per_block(interaction, few, many) - maps_per_block(None, few, many) <= maps + 0.2

@@ -161,7 +161,7 @@ def test_attention_maps_are_those_that_the_model_uses():
     stage = build(3, "mrla_b").eval()
     x = torch.randn(2, CHANNELS, 4, 3, dtype=torch.float64)
     last, values = stage.attention[-1], []
-    hooks = [a.value.register_forward_hook(lambda m, args, v: values.append(v)) for a in stage.attention]
+    hooks = [a.register_forward_pre_hook(lambda m, args: values.append(m.value(args[0]))) for a in stage.attention]
     seen = []
     hooks.append(last.register_forward_pre_hook(lambda m, args: seen.append(args[0])))
     weights = dla.layer_attention_maps(stage, x)[0][:, 0, 2]  # [B, T]: one head of all channels

@@ -55,7 +55,7 @@ class Call:
 
     def function(self, *tensors: Tensor, backend: str | None = None) -> tuple[Tensor, ...]:
         named = dict(zip(self.tensors, tensors, strict=True))
-        for group in ("weights", "values", "norm"):
+        for group in ("weights", "maps", "value_weights", "norm"):
             members = {n.removeprefix(f"{group}."): named.pop(n) for n in list(named) if n.startswith(f"{group}.")}
             if members:
                 named[group] = BatchNorm(**members, training=self.training) if group == "norm" else [*members.values()]
@@ -92,17 +92,17 @@ class Call:
         return named | {f"gradient of {name}": g for name, g in zip(self.differentiable, grads, strict=True)}
 
 
-def stage(x, q, k, gates, values, norm, head_dim, backend, keep=None) -> tuple[Tensor, ...]:
-    """The outputs of a stage's T layers, given q, k, gates [B, T, C]."""
+def stage(maps, q, k, gates, value_weights, norm, head_dim, backend, keep=None) -> tuple[Tensor, ...]:
+    """The outputs of a stage's T layers, given a map and a value filter for each, and q, k, gates [B, T, C]."""
     layers, outputs = [], []
-    for t, value in enumerate(values):
-        now = slice(0, t + 1)
+    for t, (x, value_weight) in enumerate(zip(maps, value_weights, strict=True)):
+        now, followers = slice(0, t + 1), len(maps) - t - 1
         out, layer = dla_kernels.layer_attention(
-            x, q[:, t], k[:, now], gates[:, now], value, layers, norm, keep, head_dim, len(values) - t - 1, backend
+            x, q[:, t], k[:, now], gates[:, now], value_weight, layers, norm, keep, head_dim, followers, backend
         )
         layers.append(layer)
         outputs.append(out)
-    return tuple(outputs)
+    return *outputs, layers[0].pooled
 
 
 def _maps(shape, dtype, layout):
@@ -153,9 +153,14 @@ def layer_attention(
 ) -> Call:
     state, vector = _vectors(dtype)
     first, rest = _maps((B, C, H, W), dtype, layout), _maps((B, C, H, W), dtype, other or layout)
-    tensors = {"x": first(), "q": vector(B, T, C), "k": vector(B, T, C), "gates": vector(B, T, C)}
-    tensors |= {f"values.{m}": rest() if m else first() for m in range(T)}
+    tensors = {"q": vector(B, T, C), "k": vector(B, T, C), "gates": vector(B, T, C)}
+    tensors |= {f"maps.{m}": rest() if m else first() for m in range(T)}
+    tensors |= {f"value_weights.{m}": vector(C, 1, 3, 3) for m in range(T)}
     tensors |= _norm(vector, C, statistics) | _keep(B, state, keep)
+    if dtype.itemsize < 4:
+        # Far from the ReLU's kink: near it, what two right results round to may lie on either side.
+        tensors["norm.weight"] *= 0.1
+        tensors["norm.bias"] = tensors["norm.bias"].sign()
     return Call("layer_attention", tensors, {"head_dim": head_dim or C}, statistics == "own").require_grad()
 
 

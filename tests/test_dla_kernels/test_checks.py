@@ -23,7 +23,8 @@ GOOD = {
     "gap_dsu": {"x": MAP, "h": STATE, "c": STATE, "weights": WEIGHTS},
     "refresh_gates": {"features": LAYERS, "gates": LAYERS, "h": STATE, "c": STATE, "weights": WEIGHTS},
     "layer_attention": {
-        "x": MAP, "q": STATE, "k": LAYERS, "gates": LAYERS, "value": MAP, "prior": [Layer(MAP)] * (T - 1), "norm": NORM,
+        "x": MAP, "q": STATE, "k": LAYERS, "gates": LAYERS, "value_weight": STENCIL, "norm": NORM,
+        "prior": [Layer(MAP, STATE)] * (T - 1),
     },
     "light_update": {
         "x": MAP, "y": STATE, "query_weight": FILTER, "key_weight": FILTER, "value_weight": STENCIL, "norm": NORM,
@@ -59,8 +60,9 @@ BAD = [
     ("pack_dsu", {"weights": WEIGHTS[::-1]}, r"`weights.w1` must have shape"),
     ("layer_attention", {"prior": []}, r"`k` must have shape \(B=2, T=1, C=32\), got \(2, 3, 32\)"),
     ("layer_attention", {"prior": [MAP, MAP]}, r"`prior\[0\]` must be a layer as layer_attention returns it, got"),
-    ("layer_attention", {"value": MAP.half()}, r"`value` must have the dtype of `x`, torch.float32, got"),
-    ("layer_attention", {"prior": [Layer(MAP[..., :3])] * 2}, r"`prior\[0\]` must have shape .*W=4\), got"),
+    ("layer_attention", {"value_weight": FILTER}, r"`value_weight` must have shape \(C=32, 1, 3, 3\), got"),
+    ("layer_attention", {"prior": [Layer(MAP.half(), STATE)] * 2}, r"`prior\[0\]` must have the dtype of `x`,"),
+    ("layer_attention", {"prior": [Layer(MAP[..., :3], STATE)] * 2}, r"`prior\[0\]` must have shape .*W=4\), got"),
     ("layer_attention", {"followers": -1}, r"`followers` must be at least 0, got -1"),
     ("layer_attention", {"head_dim": 24}, r"`head_dim` must divide the 32 channels, got 24"),
     ("light_update", {"carried": MAP.half()}, r"`carried` must have the dtype of `x`, torch.float32, got"),

@@ -65,8 +65,6 @@ def test_dtypes_and_shapes_are_those_of_the_reference(make):
 @pytest.mark.parametrize("op", ["norm_residual", "light_update", "layer_attention"])
 def test_maps_keep_their_layout(op, layout):
     for name, value in TYPICAL[op](dtype=torch.float32, layout=layout).run("native").items():
-        if (op, name) == ("layer_attention", "gradient of x"):
-            continue  # that of the outputs, handed on
         if value.dim() == 4 and value.shape[1] > 1 and value.shape[-1] > 3:
             assert value.is_contiguous(memory_format=torch.channels_last) == (layout == "rows"), name
 
@@ -81,7 +79,7 @@ def test_nan_and_infinity_pass(op, value):
         with torch.no_grad():
             call.tensors[name].view(-1)[2] = value
         for i, (actual, expected) in enumerate(zip(call("native"), call("reference"), strict=True)):
-            if name in ("value_weight", "carry_weight") and actual.dim() == 4:
+            if name.startswith(("value_weight", "carry_weight")) and actual.dim() == 4:
                 # At the border the kernels multiply the padding's zero by the tap, which the reference leaves out.
                 actual, expected = actual[..., 1:-1, 1:-1], expected[..., 1:-1, 1:-1]
             assert torch.equal(actual.isfinite(), expected.isfinite()), f"{name}, output {i}"

@@ -19,7 +19,7 @@ def layer_attention(
     q: Tensor,  # [B, C]
     k: Tensor,  # [B, T, C]
     gates: Tensor,  # [B, T, C]
-    value: Tensor,  # [B, C, H, W]
+    value_weight: Tensor,  # [C, 1, 3, 3]
     prior: Sequence[Layer],
     norm: BatchNorm,
     keep: Tensor | None = None,  # [B]
@@ -32,21 +32,22 @@ def layer_attention(
     A gate is constant over H and W and commutes with the depthwise convolution that made the value map, so the
     refreshed maps x * d are never written. ::
 
+        V = depthwise3x3(x, value_weight)
         a[b, m, head] = softmax over m of  sum over the head's channels of q k^m / sqrt(head_dim)
-        o[b, c] = sum over m of  a[b, m, head(c)] gates[b, m, c] values^m[b, c]
+        o[b, c] = sum over m of  a[b, m, head(c)] gates[b, m, c] V^m[b, c]
         out = x + keep * ReLU(BatchNorm(o))
 
     The gradient of a value map is one weighted sum over the layers that read it, taken where the map was made: not
     one map-sized addition for each of them.
-    Bytes: reads the T value maps once, writes ``o``, reads it and ``x``, writes ``out``; in inference BatchNorm folds
-    and ``o`` is not written.
+    Bytes: reads ``x``, writes V, reads the T value maps, writes ``o``, reads it and ``x``, writes ``out``; in inference
+    BatchNorm folds and ``o`` is not written.
 
     Args:
         x: [B, C, H, W] the layer's map.
         q: [B, C] its query, in the state's dtype.
         k: [B, T, C] the refreshed keys of the T layers, its own the last.
         gates: [B, T, C] cumulative gates of the T layers, 1 for its own.
-        value: [B, C, H, W] its own value map.
+        value_weight: [C, 1, 3, 3] filter of its value map.
         prior: what this op returned for the T - 1 layers before, in order.
         norm: the BatchNorm of ``o``; its running statistics are updated in training.
         keep: [B] drop path's factor of each sample, 0 or 1 / (1 - rate), in the state's dtype; none keeps all.
@@ -64,7 +65,7 @@ def layer_attention(
     """
     check = Checker("layer_attention")
     check.map("x", x)
-    check.map("value", value)
+    check.weight("value_weight", value_weight, "C 1 3 3")
     for m, layer in enumerate(prior):
         if not isinstance(layer, Layer):
             check.fail(f"`prior[{m}]` must be a layer as layer_attention returns it, got {type(layer).__name__}")
@@ -80,14 +81,15 @@ def layer_attention(
     if followers < 0:
         check.fail(f"`followers` must be at least 0, got {followers}")
     chosen = choose(q.device, backend)
-    norm = norm.to(accumulate_dtype(x))
+    dtype = accumulate_dtype(x)
+    norm, value_weight = norm.to(dtype), value_weight.to(dtype)
     if chosen == "reference":
-        out, mean, var, share = reference.layer_attention(
-            x, q, k, gates, [*(layer.value for layer in prior), value], norm, keep, head_dim
+        out, value, pooled, mean, var, share = reference.layer_attention(
+            x, q, k, gates, value_weight, [layer.value for layer in prior], norm, keep, head_dim
         )
-        layer = Layer(value)
+        layer = Layer(value, pooled)
     elif not (norm.training or torch.is_grad_enabled()) and keep is None:
-        return folded(x, q, k, gates, value, prior, norm, head_dim, chosen), Layer(value)
+        return folded(x, q, k, gates, value_weight, prior, norm, head_dim, chosen)
     else:
         recording = torch.is_grad_enabled()
         for m, earlier in enumerate(prior):
@@ -96,7 +98,7 @@ def layer_attention(
                     f"`prior[{m}]` was made for {len(earlier.handles)} followers, this is number {len(prior) - m}"
                 )
         out, layer, mean, var, share = attend(
-            x, q, k, gates, value, prior, norm, keep, head_dim, followers if recording else 0, chosen
+            x, q, k, gates, value_weight, prior, norm, keep, head_dim, followers if recording else 0, chosen
         )
     keep_books(norm, mean, var, count_of(x), share, chosen)
     return out, layer

@@ -9,6 +9,7 @@ from torch import Tensor
 from dla_kernels import double_backward
 from dla_kernels.batch_norm import BatchNorm, gradient_sums
 from dla_kernels.native import empty_dense_like, empty_map_like, library_ops
+from dla_kernels.ops.light_update import function as light_update
 from dla_kernels.ops.norm_residual import function as norm_residual
 
 
@@ -28,10 +29,12 @@ class Layer(NamedTuple):
 
     Attributes:
         value: [B, C, H, W] its value map.
+        pooled: [B, C] the value map's GAP.
         handles: one for each later layer, in order; none where no gradients are taken.
     """
 
     value: Tensor
+    pooled: Tensor
     handles: tuple[Handle, ...] = ()
 
 
@@ -65,32 +68,34 @@ BACKENDS = {
 
 
 def folded(
-    x: Tensor, q: Tensor, k: Tensor, gates: Tensor, value: Tensor, prior: Sequence[Layer], norm: BatchNorm,
+    x: Tensor, q: Tensor, k: Tensor, gates: Tensor, value_weight: Tensor, prior: Sequence[Layer], norm: BatchNorm,
     head_dim: int, backend: str,
-) -> Tensor:  # fmt: skip
-    """The op without gradients and with constant statistics: one pass."""
+) -> tuple[Tensor, Layer]:  # fmt: skip
+    """The op without gradients and with constant statistics: one pass after that for the value map."""
+    value, pooled = light_update.value_map(backend, x, value_weight)
     values = [*(layer.value for layer in prior), value]
-    return BACKENDS[backend].folded(
+    out = BACKENDS[backend].folded(
         q, k, values, gates, x, *norm.constants, norm.weight, norm.bias, norm.eps, head_dim
     )  # fmt: skip
+    return out, Layer(value, pooled)
 
 
 def attend(
-    x: Tensor, q: Tensor, k: Tensor, gates: Tensor, value: Tensor, prior: Sequence[Layer], norm: BatchNorm,
+    x: Tensor, q: Tensor, k: Tensor, gates: Tensor, value_weight: Tensor, prior: Sequence[Layer], norm: BatchNorm,
     keep: Tensor | None, head_dim: int, followers: int, backend: str,
 ) -> tuple[Tensor, Layer, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """The op under autograd: its output, its layer, and what is said of the statistics."""
     handles = [layer.handles[len(prior) - m - 1] for m, layer in enumerate(prior) if layer.handles]  # else no gradient
-    out, *edges, _, mean, var, share = LayerAttention.apply(
-        x, q, k, gates, value, norm.weight, norm.bias, keep, *norm.constants, norm.eps, head_dim, norm.group,
+    out, value, pooled, *edges, _, mean, var, share = LayerAttention.apply(
+        x, q, k, gates, value_weight, norm.weight, norm.bias, keep, *norm.constants, norm.eps, head_dim, norm.group,
         followers, backend, len(prior), *(layer.value for layer in prior), *(t for handle in handles for t in handle),
     )  # fmt: skip
     made = tuple(Handle(*edges[i : i + 2]) for i in range(0, len(edges), 2))
-    return out, Layer(value, made), mean, var, share
+    return out, Layer(value, pooled, made), mean, var, share
 
 
 class LayerAttention(torch.autograd.Function):
-    """Saves the value maps, which a stage shares, ``o`` and vectors.
+    """Saves ``x``, the value maps, which a stage shares, ``o`` and vectors.
 
     Only the layer's own value map gets its gradient here. The prior ones' part leaves by their handles as two factors,
     and what came by the handles that this layer gave to later ones is added up with its own part in one pass.
@@ -98,8 +103,10 @@ class LayerAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x, q, k, gates, value, weight, bias, keep, mean, var, eps, head_dim, group, followers, backend, prior, *rest
+        x, q, k, gates, value_weight, weight, bias, keep, mean, var, eps, head_dim, group, followers, backend, prior,
+        *rest,
     ):  # fmt: skip
+        value, pooled = light_update.value_map(backend, x, value_weight)
         o, o_mean, o_var = BACKENDS[backend].forward(q, k, (*rest[:prior], value), gates, head_dim)
         ops, share = norm_residual.BACKENDS[backend], None
         if mean is None:
@@ -116,31 +123,34 @@ class LayerAttention(torch.autograd.Function):
                 q.new_empty(1).expand(batch, layers + later + 1, channels),
             )
         ]
-        return out, *edges, o, mean, var, share
+        return out, value, pooled, *edges, o, mean, var, share
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         (
-            _, q, k, gates, value, weight, bias, keep, constant, _, ctx.eps, ctx.head_dim, ctx.group, _, ctx.backend,
-            ctx.prior, *rest,
+            x, q, k, gates, value_weight, weight, bias, keep, constant, _, ctx.eps, ctx.head_dim, ctx.group, _,
+            ctx.backend, ctx.prior, *rest,
         ) = inputs  # fmt: skip
-        *_, o, mean, var, share = output
+        _, value, *_, o, mean, var, share = output
         ctx.mark_non_differentiable(*(t for t in (mean, var, share, o) if t is not None))
         ctx.set_materialize_grads(False)
         ctx.own_statistics = constant is None
         ctx.handles = (len(rest) - ctx.prior) // 2
-        ctx.save_for_backward(o, mean, var, share, weight, bias, keep, q, k, gates, *rest[: ctx.prior], value)
+        ctx.save_for_backward(
+            x, value_weight, o, mean, var, share, weight, bias, keep, q, k, gates, *rest[: ctx.prior], value
+        )
 
     @staticmethod
-    def backward(ctx, grad_out: Tensor | None, *edges: Tensor | None):
+    def backward(ctx, grad_out: Tensor | None, grad_read: Tensor | None, grad_pooled: Tensor | None, *edges):
         *edges, _, _, _, _ = edges  # o and the statistics are detached
         saved = ctx.saved_tensors  # once: checkpointing computes it anew at every look
-        o, mean, var, share, weight, bias, keep, q, k, gates, *values = saved
+        x, value_weight, o, mean, var, share, weight, bias, keep, q, k, gates, *values = saved
         if grad_out is None:
             grad_out = torch.zeros_like(o)
         later_grads = [g for g in edges[::2] if g is not None]
         later_weights = [w for w in edges[1::2] if w is not None]
-        need_x, need_q, need_k, need_gates, need_value, need_weight, need_bias, need_keep = ctx.needs_input_grad[:8]
+        needs = ctx.needs_input_grad[:8]
+        need_x, need_value, need_keep = needs[0], needs[0] or needs[4], needs[7]
         shared = mean, var, weight, bias
         grad_weight, grad_bias, grad_keep = norm_residual.BACKENDS[ctx.backend].sums(
             grad_out, None, o, None, *shared, keep, ctx.eps, RELU, need_keep
@@ -150,18 +160,18 @@ class LayerAttention(torch.autograd.Function):
             grad_out, o, *shared, *sums, keep, ctx.eps, norm_residual.count_of(o), q, k, values, gates, later_grads,
             later_weights, ctx.head_dim, need_value,
         )  # fmt: skip
-        grads = (
-            grad_out if need_x else None,
-            grad_q if need_q else None,
-            grad_k if need_k else None,
-            grad_gates if need_gates else None,
-            grad_value if need_value else None,
-            grad_weight if need_weight else None,
-            grad_bias if need_bias else None,
-            grad_keep if need_keep else None,
-        )
+        grad_x = grad_value_weight = None
+        if need_value:
+            grad_value = grad_value if grad_read is None else grad_value + grad_read
+            grad_x, grad_value_weight = light_update.value_map_backward(
+                ctx.backend, grad_out, grad_value, grad_pooled, x, values[-1], value_weight, need_x
+            )
+        found = grad_x, grad_q, grad_k, grad_gates, grad_value_weight, grad_weight, grad_bias, grad_keep
+        grads = tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
         factors = (grad_o, weights) * ctx.handles
-        grads = double_backward.once("layer_attention", (*grads, *factors), (grad_out, *edges, *saved))
+        grads = double_backward.once(
+            "layer_attention", (*grads, *factors), (grad_out, grad_read, grad_pooled, *edges, *saved)
+        )
         return (
             *grads[:8],
             None,  # mean

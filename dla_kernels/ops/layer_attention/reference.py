@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dla_kernels.batch_norm import BatchNorm
-from dla_kernels.common import accumulate_dtype, as_stored, expand_heads
+from dla_kernels.common import accumulate_dtype, as_stored, depthwise3x3, expand_heads, gap, without_autocast
 from dla_kernels.ops.norm_residual.reference import norm_residual
 
 
@@ -19,20 +19,24 @@ def attention_weights(
     return (scores * head_dim**-0.5).softmax(dim=1)
 
 
+@without_autocast
 def layer_attention(
     x: Tensor,  # [B, C, H, W]
     q: Tensor,  # [B, C]
     k: Tensor,  # [B, T, C]
     gates: Tensor,  # [B, T, C]
-    values: Sequence[Tensor],  # T of [B, C, H, W]
+    value_weight: Tensor,  # [C, 1, 3, 3]
+    prior: Sequence[Tensor],  # T - 1 of [B, C, H, W]
     norm: BatchNorm,
     keep: Tensor | None,  # [B]
     head_dim: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The block's output; then what :func:`norm_residual` says of the statistics."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The block's output, its value map and its GAP; then what :func:`norm_residual` says of the statistics."""
     weights = expand_heads(attention_weights(q, k, head_dim), head_dim) * gates
     dtype = accumulate_dtype(x)
+    value = depthwise3x3(x.to(dtype), value_weight)
+    values = [*prior, value.to(x.dtype)]
     # One product a layer, not a stack of maps: autograd then keeps each value map once, however many layers read it.
     o = sum(w[..., None, None] * v.to(dtype) for w, v in zip(weights.unbind(1), values, strict=True))
     out, _, *statistics = norm_residual(x, as_stored(o, x.dtype), norm, keep, relu="branch")
-    return out, *statistics
+    return out, values[-1], gap(value), *statistics

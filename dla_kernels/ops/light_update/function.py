@@ -60,6 +60,41 @@ def folded(
     return out, out_mean, o if need_o else None, o_mean
 
 
+def value_map(backend: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """depthwise3x3(x, weight) and its GAP: what the op computes of a layer that carries nothing on.
+
+    Where the filters of query and key are zero the attention is sigmoid(0) = 1/2; twice the weight undoes it exactly.
+    """
+    y, zero_filter, _ = _zeros(x, weight.dtype)
+    o, mean, _ = BACKENDS[backend].forward(
+        x, y, zero_filter, zero_filter, 2 * weight, None, None, None, None, x.shape[1]
+    )  # fmt: skip
+    return o, mean
+
+
+def value_map_backward(
+    backend: str, grad_x: Tensor, grad: Tensor, grad_mean: Tensor | None, x: Tensor, value: Tensor, weight: Tensor,
+    need_x: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of x and weight, given those of the value map and its GAP; what x's had before is added to it.
+
+    A BatchNorm of weight zero lets ``grad_x`` through to x and nothing of it to the value map.
+    """
+    y, zero_filter, zeros = _zeros(x, weight.dtype)
+    grads = BACKENDS[backend].backward(
+        grad_x, None, grad, grad_mean, value, zeros, zeros, zeros, None, None, None, 1.0, 1,
+        x, y, zero_filter, zero_filter, 2 * weight, None, None, None, None, x.shape[1], need_x, False,
+    )  # fmt: skip
+    return grads[0], 2 * grads[4]
+
+
+def _zeros(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros [B, C], [1, 1, 1] and [C], of one tensor."""
+    batch, channels = x.shape[:2]
+    zeros = x.new_zeros(batch + 1, channels, dtype=dtype)
+    return zeros[1:], zeros[0, :1].view(1, 1, 1), zeros[0]
+
+
 class LightUpdate(torch.autograd.Function):
     """Saves ``x``, ``carried``, ``o`` and vectors; the value map is never written, not even for the backward.
 
