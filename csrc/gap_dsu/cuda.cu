@@ -12,16 +12,15 @@ __global__ void __launch_bounds__(WalkPlan::kThreads) pool(const Pool<T> a, cons
     const W walk(a.shape, plan);
     A* shared = shared_memory<A>();
     walk.each_sample([&](int64_t b) {
-        const int step = walk.step(), end = walk.end();
         const T* x = a.x.at(b, walk.c, 0);
         A total[W::kChannels] = {};
-#pragma unroll 4
-        for (int p = walk.first(); p < end; p += step) {
-            A value[W::N];
-            load(x + p * a.x.pixel, value);
+        walk.template each_vector<4>([&](unsigned p) { return fetch<W::N>(x + p * a.x.pixel); },
+                                     [&](unsigned, const Word<T, W::N>& word) {
+                                         A value[W::N];
+                                         unpack<T>(word, value);
 #pragma unroll
-            for (int i = 0; i < W::N; ++i) total[W::kRows ? i : 0] += value[i];
-        }
+                                         for (int i = 0; i < W::N; ++i) total[W::kRows ? i : 0] += value[i];
+                                     });
         walk.team_sums(total, shared);
         if (walk.walker == 0 && walk.inside()) {
 #pragma unroll

@@ -27,21 +27,20 @@ __global__ void __launch_bounds__(kThreads) moments(const NormMoments<T> a, cons
     const int warp = threadIdx.x / kWarp, lane = walk.lane;
     walk.each_sample([&](int64_t b) {
         A count = 0, mean[W::N] = {}, deviations[W::N] = {};
-        const int step = walk.step(), end = walk.end();
         const T* o = a.o.at(b, walk.c, 0);
-#pragma unroll 4
-        for (int p = walk.first(); p < end; p += step) {
-            A value[W::N];
-            load(o + p * a.o.pixel, value);
-            count += A(1);
-            const A share = A(1) / count;
+        walk.template each_vector<4>([&](unsigned p) { return fetch<W::N>(o + p * a.o.pixel); },
+                                     [&](unsigned, const Word<T, W::N>& word) {
+                                         A value[W::N];
+                                         unpack<T>(word, value);
+                                         count += A(1);
+                                         const A share = A(1) / count;
 #pragma unroll
-            for (int i = 0; i < W::N; ++i) {
-                const A apart = value[i] - mean[i];
-                mean[i] += apart * share;
-                deviations[i] += apart * (value[i] - mean[i]);
-            }
-        }
+                                         for (int i = 0; i < W::N; ++i) {
+                                             const A apart = value[i] - mean[i];
+                                             mean[i] += apart * share;
+                                             deviations[i] += apart * (value[i] - mean[i]);
+                                         }
+                                     });
         Moments<A> merged[W::kChannels];
 #pragma unroll
         for (int i = 0; i < W::N; ++i) merged[W::kRows ? i : 0].merge({count, mean[i], deviations[i]});
@@ -106,6 +105,11 @@ __device__ __forceinline__ void merge_samples(const W& walk, const A* means, con
     });
 }
 
+template <class T, int N>
+struct Pair {
+    Word<T, N> x, o;
+};
+
 template <class W, class T>
 __global__ void __launch_bounds__(kThreads) forward(const NormForward<T> a, const WalkPlan plan) {
     using A = Acc<T>;
@@ -125,16 +129,16 @@ __global__ void __launch_bounds__(kThreads) forward(const NormForward<T> a, cons
     }
     walk.each_sample([&](int64_t b) {
         const A keep = a.keep ? a.keep[b] : A(1);
-        const int step = walk.step(), end = walk.end();
-        const T* __restrict__ x = a.x.at(b, walk.c, 0);
-        const T* __restrict__ o = a.o.at(b, walk.c, 0);
-        T* __restrict__ out = a.out.at(b, walk.c, 0);
+        const T *x = a.x.at(b, walk.c, 0), *o = a.o.at(b, walk.c, 0);
+        T* out = a.out.at(b, walk.c, 0);
         A total[W::kChannels] = {};
-#pragma unroll 2
-        for (int p = walk.first(); p < end; p += step) {
+        const auto get = [&](unsigned p) {
+            return Pair<T, W::N>{fetch<W::N>(x + p * a.x.pixel), fetch<W::N>(o + p * a.o.pixel)};
+        };
+        walk.template each_vector<4>(get, [&](unsigned p, const Pair<T, W::N>& words) {
             A residual[W::N], value[W::N];
-            load(x + p * a.x.pixel, residual);
-            load(o + p * a.o.pixel, value);
+            unpack<T>(words.x, residual);
+            unpack<T>(words.o, value);
 #pragma unroll
             for (int i = 0; i < W::N; ++i) {
                 const int j = W::kRows ? i : 0;
@@ -146,7 +150,7 @@ __global__ void __launch_bounds__(kThreads) forward(const NormForward<T> a, cons
                 value[i] = sum;
             }
             store(out + p * a.out.pixel, value);
-        }
+        });
         walk.team_sums(total, shared);
         if (walk.walker == 0 && walk.inside()) {
 #pragma unroll
@@ -194,15 +198,38 @@ __device__ __forceinline__ void through_gap(const W& walk, const NormGradient<T>
     }
 }
 
+// What a gradient reads of one vector, and where it reads.
+template <class T, int N>
+struct GradientWords {
+    Word<T, N> grad_out, o, out;
+};
+
+template <class W, class T>
+struct GradientSource {
+    const T *grad_out, *o, *out;
+    const NormGradient<T>& a;
+
+    __device__ __forceinline__ GradientSource(const NormGradient<T>& a, const W& walk, int64_t b)
+        : grad_out(a.grad_out.at(b, walk.c, 0)), o(a.o.at(b, walk.c, 0)), out(a.out.at(b, walk.c, 0)), a(a) {}
+
+    __device__ __forceinline__ GradientWords<T, W::N> operator()(unsigned p) const {
+        GradientWords<T, W::N> words;
+        words.grad_out = fetch<W::N>(grad_out + p * a.grad_out.pixel);
+        words.o = fetch<W::N>(o + p * a.o.pixel);
+        if (a.relu == Relu::sum) words.out = fetch<W::N>(out + p * a.out.pixel);
+        return words;
+    }
+};
+
 template <class W, class T, class A = Acc<T>>
 __device__ __forceinline__ Gradient<W> gradient(const NormGradient<T>& a, const Channels<W>& of,
-                                                const A (&gap)[W::kChannels], A keep, const T* grad_out, const T* o,
-                                                const T* out) {
+                                                const A (&gap)[W::kChannels], A keep,
+                                                const GradientWords<T, W::N>& words) {
     Gradient<W> g;
-    load(grad_out, g.of_sum);
-    load(o, g.centred);
-    A value[W::N];
-    if (a.relu == Relu::sum) load(out, value);
+    unpack<T>(words.grad_out, g.of_sum);
+    unpack<T>(words.o, g.centred);
+    A value[W::N] = {};
+    if (a.relu == Relu::sum) unpack<T>(words.out, value);
 #pragma unroll
     for (int i = 0; i < W::N; ++i) {
         const int j = W::kRows ? i : 0;
@@ -238,14 +265,11 @@ __global__ void __launch_bounds__(kThreads) sums(const NormSums<T> a, const Walk
     A of_bias[W::kChannels] = {}, of_weight[W::kChannels] = {};
     walk.each_sample([&](int64_t b) {
         const A keep = a.keep ? a.keep[b] : A(1);
-        const int step = walk.step(), end = walk.end();
-        const T *grad_out = a.grad_out.at(b, walk.c, 0), *o = a.o.at(b, walk.c, 0), *out = a.out.at(b, walk.c, 0);
         A gap[W::kChannels], of_keep = 0;
         through_gap(walk, a, b, gap);
-#pragma unroll 2
-        for (int p = walk.first(); p < end; p += step) {
-            const auto g =
-                gradient(a, of, gap, keep, grad_out + p * a.grad_out.pixel, o + p * a.o.pixel, out + p * a.out.pixel);
+        const GradientSource<W, T> source(a, walk, b);
+        walk.template each_vector<2>(source, [&](unsigned, const GradientWords<T, W::N>& words) {
+            const auto g = gradient(a, of, gap, keep, words);
 #pragma unroll
             for (int i = 0; i < W::N; ++i) {
                 const int j = W::kRows ? i : 0;
@@ -253,7 +277,7 @@ __global__ void __launch_bounds__(kThreads) sums(const NormSums<T> a, const Walk
                 of_weight[j] += g.of_normed[i] * g.centred[i];
                 of_keep += g.of_sum[i] * g.branch[i];
             }
-        }
+        });
         if (a.grad_keep) {
             of_keep = plan.team > kWarp ? block_sum(of_keep, shared) : warp_sum(of_keep);
             if (threadIdx.x % plan.team == 0) to.keep[b * plan.tiles + walk.tile] = of_keep;
@@ -322,18 +346,12 @@ __global__ void __launch_bounds__(kThreads) backward(const NormBackward<T> a, co
     }
     walk.each_sample([&](int64_t b) {
         const A keep = a.keep ? a.keep[b] : A(1);
-        const int step = walk.step(), end = walk.end();
-        const T* __restrict__ grad_out = a.grad_out.at(b, walk.c, 0);
-        const T* __restrict__ o = a.o.at(b, walk.c, 0);
-        const T* __restrict__ out = a.out.at(b, walk.c, 0);
-        T* __restrict__ grad_x = a.grad_x.at(b, walk.c, 0);
-        T* __restrict__ grad_o = a.grad_o.at(b, walk.c, 0);
+        T *grad_x = a.grad_x.at(b, walk.c, 0), *grad_o = a.grad_o.at(b, walk.c, 0);
         A gap[W::kChannels];
         through_gap(walk, a, b, gap);
-#pragma unroll 2
-        for (int p = walk.first(); p < end; p += step) {
-            auto g =
-                gradient(a, of, gap, keep, grad_out + p * a.grad_out.pixel, o + p * a.o.pixel, out + p * a.out.pixel);
+        const GradientSource<W, T> source(a, walk, b);
+        walk.template each_vector<2>(source, [&](unsigned p, const GradientWords<T, W::N>& words) {
+            auto g = gradient(a, of, gap, keep, words);
             if (a.grad_x) store(grad_x + p * a.grad_x.pixel, g.of_sum);
 #pragma unroll
             for (int i = 0; i < W::N; ++i) {
@@ -341,7 +359,7 @@ __global__ void __launch_bounds__(kThreads) backward(const NormBackward<T> a, co
                 g.centred[i] = of.scale[j] * (g.of_normed[i] - offset[j] - slope[j] * g.centred[i]);
             }
             store(grad_o + p * a.grad_o.pixel, g.centred);
-        }
+        });
     });
 }
 

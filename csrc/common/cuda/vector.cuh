@@ -51,11 +51,17 @@ struct WordOf<16> {
     using type = uint4;
 };
 
-// N elements as one access; the address must be a multiple of their size.
+// N elements as they lie in memory, moved as one access; the address must be a multiple of their size.
+template <class T, int N>
+using Word = typename WordOf<N * sizeof(T)>::type;
+
 template <int N, class T>
-__device__ __forceinline__ void load(const T* from, Acc<T> (&to)[N]) {
-    using Word = typename WordOf<N * sizeof(T)>::type;
-    const Word word = *reinterpret_cast<const Word*>(from);
+__device__ __forceinline__ Word<T, N> fetch(const T* from) {
+    return *reinterpret_cast<const Word<T, N>*>(from);
+}
+
+template <class T, int N>
+__device__ __forceinline__ void unpack(const Word<T, N>& word, Acc<T> (&to)[N]) {
     T parts[N];
     memcpy(parts, &word, sizeof word);
 #pragma unroll
@@ -63,14 +69,18 @@ __device__ __forceinline__ void load(const T* from, Acc<T> (&to)[N]) {
 }
 
 template <int N, class T>
+__device__ __forceinline__ void load(const T* from, Acc<T> (&to)[N]) {
+    unpack<T>(fetch<N>(from), to);
+}
+
+template <int N, class T>
 __device__ __forceinline__ void store(T* to, const Acc<T> (&from)[N]) {
-    using Word = typename WordOf<N * sizeof(T)>::type;
     T parts[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) parts[i] = narrow<T>(from[i]);
-    Word word;
+    Word<T, N> word;
     memcpy(&word, parts, sizeof word);
-    *reinterpret_cast<Word*>(to) = word;
+    *reinterpret_cast<Word<T, N>*>(to) = word;
 }
 
 // Whether vectors of N elements along its adjacent axis (of `length`) cover this map: decided at the launch. A map that

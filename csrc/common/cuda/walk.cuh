@@ -72,11 +72,24 @@ struct Walk {
         for (int b = group * teams + threadIdx.x / plan_.team; b < s.B; b += int(plan_.groups) * teams) body(b);
     }
 
-    // The offsets of this thread's vectors within a tile: pixels, in steps of what the team takes at once. A plane has
-    // less than 2^31 pixels; what they are multiplied with is of 64 bits.
-    __device__ __forceinline__ int first() const { return kRows ? walker : walker * N; }
-    __device__ __forceinline__ int step() const { return plan_.team / kLanes * (kRows ? 1 : N); }
-    __device__ __forceinline__ int end() const { return inside() ? static_cast<int>(s.HW()) : 0; }
+    // The thread's vectors of a tile by their first pixel: get(pixel) of kAtOnce of them, then use(pixel, what it got)
+    // of each, so that as many loads are under way. A plane has less than 2^31 pixels; strides are of 64 bits.
+    template <int kAtOnce, class Get, class Use>
+    __device__ __forceinline__ void each_vector(const Get& get, const Use& use) const {
+        const unsigned end = inside() ? static_cast<unsigned>(s.HW()) : 0;
+        const unsigned step = plan_.team / kLanes * (kRows ? 1 : N);
+        for (unsigned p = walker * (kRows ? 1 : N); p < end; p += kAtOnce * step) {
+            decltype(get(p)) got[kAtOnce];
+#pragma unroll
+            for (int k = 0; k < kAtOnce; ++k) {
+                if (p + k * step < end) got[k] = get(p + k * step);
+            }
+#pragma unroll
+            for (int k = 0; k < kAtOnce; ++k) {
+                if (p + k * step < end) use(p + k * step, got[k]);
+            }
+        }
+    }
 
     // Sums over all threads of the block that share channels, in each of them.
     __device__ static __forceinline__ void block_sums(A (&v)[kChannels], A* shared) {
