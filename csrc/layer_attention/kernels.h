@@ -3,25 +3,89 @@
 #include "common/fold.h"
 #include "common/moments.h"
 
-// o [HW] = sum over the layers of weights * values, for one channel; returns its sum.
+// Where the maps of a sample begin, and one plane's or run's weights.
 template <class T, class A = Acc<T>>
-A attend_plane(const LayerAttentionForward<T>& a, int64_t b, int64_t c, A* o) {
-    constexpr int N = kLanes<A>;
-    const int64_t HW = a.shape.HW(), C = a.shape.C;
-    const A* weights = a.weights + b * a.layers * C + c;
-    Vec<A> total;
-    for (int64_t m = 0; m < a.layers; ++m) {
-        const T* value = a.values[m].at(b, c, 0);
-        const auto weight = broadcast(weights[m * C]);
-        total = Vec<A>{};
-        for (int64_t p = 0; p < HW; p += N) {
-            const auto before = m > 0 ? load<A>(o + p) : Vec<A>{};
-            const auto now = before + keep_lanes<A>(weight * load<A>(value + p, HW - p), HW - p);
-            store<A>(o + p, now);
-            total += now;
+struct Streams {
+    int64_t count;
+    Scratch<const T*> maps;
+    Scratch<A> weights;
+
+    explicit Streams(int64_t count) : count(count), maps(count), weights(count) {}
+
+    void take_plane(const Map<const T>* from, const A* sample_weights, int64_t C, int64_t b, int64_t c) const {
+        for (int64_t m = 0; m < count; ++m) {
+            maps[m] = from[m].at(b, c, 0);
+            weights[m] = sample_weights[m * C + c];
         }
     }
-    return sum<A, N>(total);
+};
+
+// o [n] += the sum over the maps of weights * maps. All maps run side by side, so that the sum stays in registers; the
+// next plane, where the hardware's prefetch would begin anew, is asked for meanwhile.
+template <class T, class A = Acc<T>>
+void add_planes(const Streams<T>& streams, int64_t n, A* o) {
+    constexpr int N = kLanes<A>, kVectors = 4;
+    int64_t p = 0;
+    for (; p + kVectors * N <= n; p += kVectors * N) {
+        Vec<A> sums[kVectors];
+        for (int i = 0; i < kVectors; ++i) sums[i] = load<A>(o + p + i * N);
+        for (int64_t m = 0; m < streams.count; ++m) {
+            const auto weight = broadcast(streams.weights[m]);
+            const T* from = streams.maps[m] + p;
+            for (int i = 0; i < kVectors; ++i) {
+                __builtin_prefetch(from + n + i * N, 0, 2);
+                sums[i] += weight * load<A>(from + i * N);
+            }
+        }
+        for (int i = 0; i < kVectors; ++i) store<A>(o + p + i * N, sums[i]);
+    }
+    for (; p < n; p += N) {
+        auto sum_of = load<A>(o + p);
+        for (int64_t m = 0; m < streams.count; ++m) {
+            sum_of += broadcast(streams.weights[m]) * load<A>(streams.maps[m] + p, n - p);
+        }
+        store<A>(o + p, sum_of);
+    }
+}
+
+// The sum of g [n], readable up to a whole vector beyond, times a map's plane.
+template <class T, class A = Acc<T>>
+A dot_plane(const A* g, const T* map, int64_t n) {
+    constexpr int N = kLanes<A>, kVectors = 4;
+    Vec<A> sums[kVectors] = {};
+    int64_t p = 0;
+    for (; p + kVectors * N <= n; p += kVectors * N) {
+        for (int i = 0; i < kVectors; ++i) {
+            __builtin_prefetch(map + p + n + i * N, 0, 2);
+            sums[i] += load<A>(g + p + i * N) * load<A>(map + p + i * N);
+        }
+    }
+    for (; p < n; p += N) sums[0] += load<A>(g + p) * load<A>(map + p, n - p);
+    return sum<A, N>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// o [C] += the sum over the maps of weights [count, C] * one pixel's channels.
+template <class T, class A = Acc<T>>
+void add_pixel(const Map<const T>* maps, const A* weights, int64_t count, int64_t C, int64_t b, int64_t p, A* o) {
+    constexpr int N = kLanes<A>, kVectors = 4;
+    int64_t c = 0;
+    for (; c + kVectors * N <= C; c += kVectors * N) {
+        Vec<A> sums[kVectors];
+        for (int i = 0; i < kVectors; ++i) sums[i] = load<A>(o + c + i * N);
+        for (int64_t m = 0; m < count; ++m) {
+            const T* from = maps[m].at(b, 0, p) + c;
+            const A* weight = weights + m * C + c;
+            for (int i = 0; i < kVectors; ++i) sums[i] += load<A>(weight + i * N) * load<A>(from + i * N);
+        }
+        for (int i = 0; i < kVectors; ++i) store<A>(o + c + i * N, sums[i]);
+    }
+    for (; c < C; c += N) {
+        auto sum_of = load<A>(o + c);
+        for (int64_t m = 0; m < count; ++m) {
+            sum_of += load<A>(weights + m * C + c, C - c) * load<A>(maps[m].at(b, 0, p) + c, C - c);
+        }
+        store<A>(o + c, sum_of);
+    }
 }
 
 template <class T>
@@ -31,14 +95,19 @@ void forward_planes(const LayerAttentionForward<T>& a) {
     const int64_t HW = a.shape.HW(), C = a.shape.C, pitch = round_up(HW, N);
     parallel(a.shape.B * C, a.layers * HW, [&](int64_t begin, int64_t end) {
         const Scratch<A> o(pitch);
+        const Streams<T> streams(a.layers);
         for (int64_t i = begin; i < end; ++i) {
-            const A total = attend_plane(a, i / C, i % C, o.get());
             const int64_t b = i / C, c = i % C;
+            streams.take_plane(a.values, a.weights + b * a.layers * C, C, b, c);
+            std::fill_n(o.get(), pitch, A(0));
+            add_planes<T>(streams, HW, o.get());
             if (a.scale) {
                 fold_plane<A, N>(o.get(), pitch, 1, HW, a.x.at(b, c, 0), a.scale[c], a.shift[c], true,
                                  a.out.at(b, c, 0), static_cast<T*>(nullptr));
             } else {
-                finish_plane<A, N>(o.get(), pitch, 1, HW, total, a.o.at(b, c, 0), a.mean[i], a.var[i]);
+                Vec<A> total = {};
+                for (int64_t p = 0; p < HW; p += N) total += load<A>(&o[p]);
+                finish_plane<A, N>(o.get(), pitch, 1, HW, sum<A, N>(total), a.o.at(b, c, 0), a.mean[i], a.var[i]);
             }
         }
     });
@@ -59,16 +128,10 @@ void forward_rows(const LayerAttentionForward<T>& a) {
             const int64_t last = std::min(s.H, first + runs.rows);
             RunningMoments<A> moments{&totals[k * s.C], &deviations[k * s.C]};
             for (int64_t i = first; i < last; ++i) {
-                for (int64_t m = 0; m < a.layers; ++m) {
-                    const A* weights = a.weights + (b * a.layers + m) * s.C;
-                    for (int64_t j = 0; j < s.W; ++j) {
-                        const T* value = a.values[m].at(b, 0, i * s.W + j);
-                        for (int64_t c = 0; c < s.C; c += N) {
-                            const int64_t n = s.C - c;
-                            const auto before = m > 0 ? load<A>(&o[j * pitch + c]) : Vec<A>{};
-                            store<A>(&o[j * pitch + c], before + load<A>(weights + c, n) * load<A>(value + c, n));
-                        }
-                    }
+                std::fill_n(o.get(), s.W * pitch, A(0));
+                for (int64_t j = 0; j < s.W; ++j) {
+                    add_pixel<T>(a.values, a.weights + b * a.layers * s.C, a.layers, s.C, b, i * s.W + j,
+                                 &o[j * pitch]);
                 }
                 if (a.scale) {
                     fold_pixels<A>(o.get(), pitch, s.W, s.C, a.x.at(b, 0, i * s.W), a.x.pixel, a.scale, a.shift, true,
@@ -101,6 +164,7 @@ void backward_planes(const LayerAttentionBackward<T>& a) {
     const int64_t HW = a.shape.HW(), C = a.shape.C, pitch = round_up(HW, N);
     parallel(a.shape.B * C, (2 * a.layers + a.later) * HW, [&](int64_t begin, int64_t end) {
         const Scratch<A> grad(pitch), value_grad(pitch);
+        const Streams<T> later(a.later);
         for (int64_t i = begin; i < end; ++i) {
             const int64_t b = i / C, c = i % C;
             const A keep = a.keep ? a.keep[b] : A(1);
@@ -116,19 +180,11 @@ void backward_planes(const LayerAttentionBackward<T>& a) {
                 store<A>(&value_grad[p], own_weight * g);
             }
             for (int64_t m = 0; m < a.layers; ++m) {
-                const T* value = a.values[m].at(b, c, 0);
-                Vec<A> product = {};
-                for (int64_t p = 0; p < HW; p += N) product += load<A>(&grad[p]) * load<A>(value + p, HW - p);
-                a.products[(b * a.layers + m) * C + c] = sum<A, N>(product);
+                a.products[(b * a.layers + m) * C + c] = dot_plane<T>(grad.get(), a.values[m].at(b, c, 0), HW);
             }
             if (!a.grad_value) continue;
-            for (int64_t l = 0; l < a.later; ++l) {
-                const auto weight = broadcast(a.later_weights[(b * a.later + l) * C + c]);
-                const T* later = a.later_grads[l].at(b, c, 0);
-                for (int64_t p = 0; p < HW; p += N) {
-                    store<A>(&value_grad[p], load<A>(&value_grad[p]) + weight * load<A>(later + p, HW - p));
-                }
-            }
+            later.take_plane(a.later_grads, a.later_weights + b * a.later * C, C, b, c);
+            add_planes<T>(later, HW, value_grad.get());
             T* grad_value = a.grad_value.at(b, c, 0);
             for (int64_t p = 0; p < HW; p += N) store<A>(grad_value + p, load<A>(&value_grad[p]), HW - p);
         }
@@ -178,16 +234,9 @@ void backward_rows(const LayerAttentionBackward<T>& a) {
                     }
                 }
                 if (!a.grad_value) continue;
-                for (int64_t l = 0; l < a.later; ++l) {
-                    const A* weights = a.later_weights + (b * a.later + l) * s.C;
-                    for (int64_t j = 0; j < s.W; ++j) {
-                        const T* later = a.later_grads[l].at(b, 0, i * s.W + j);
-                        for (int64_t c = 0; c < s.C; c += N) {
-                            const int64_t n = s.C - c;
-                            A* to = &value_grad[j * pitch + c];
-                            store<A>(to, load<A>(to) + load<A>(weights + c, n) * load<A>(later + c, n));
-                        }
-                    }
+                for (int64_t j = 0; j < s.W; ++j) {
+                    add_pixel<T>(a.later_grads, a.later_weights + b * a.later * s.C, a.later, s.C, b, i * s.W + j,
+                                 &value_grad[j * pitch]);
                 }
                 for (int64_t j = 0; j < s.W; ++j) {
                     T* to = a.grad_value.at(b, 0, i * s.W + j);
