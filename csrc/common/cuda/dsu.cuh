@@ -13,9 +13,9 @@
 
 namespace dla {
 
-// Fewer of float64, whose registers are twice as many.
+// As many as leave 168 registers for each; fewer of float64, which takes twice as many.
 template <class A>
-constexpr int kDsuThreads = sizeof(A) == 8 ? 256 : 512;
+constexpr int kDsuThreads = sizeof(A) == 8 ? 256 : 384;
 template <class A>
 constexpr int kDsuWarps = kDsuThreads<A> / kWarp;
 constexpr int kDsuRows = 4;
