@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CPP := $(shell find csrc tests/cuda_on_cpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-SOURCES := $(CPP) $(shell find dla dla_kernels -name '*.py')
+SOURCES := $(filter csrc/%,$(CPP)) $(shell find dla dla_kernels -name '*.py')
 
 .PHONY: help demo test test-all bench gpu lint format clean
 
