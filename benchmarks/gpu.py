@@ -32,7 +32,9 @@ SMALL = "test_matches_the_reference and (float32 or bfloat16) and not more_plane
 
 
 def pytest_command(*options: str) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options]
+    # The program, as `python -m pytest` would import the source tree instead of the installed package.
+    program = Path(sys.executable).with_name("pytest")
+    return [sys.executable, str(program), "-q", "-x", "-p", "no:cacheprovider", *options]
 
 
 def pieces() -> dict[str, list[str]]:
