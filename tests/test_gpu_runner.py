@@ -52,4 +52,4 @@ def test_summary_and_resumption(gpu, tmp_path, monkeypatch):
 
 def test_pieces_run_the_installed_package(gpu):
     """`python -m pytest` would put the source tree first."""
-    assert all("-m" != option for option in gpu.pieces()["tests"][:3])
+    assert all(option != "-m" for option in gpu.pieces()["tests"][:3])
