@@ -5,10 +5,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
-SOURCES := $(CPP) $(shell find dla dla_kernels -name '*.py')
+CPP := $(shell find csrc tests/cuda_on_cpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(filter csrc/%,$(CPP)) $(shell find dla dla_kernels -name '*.py')
 
-.PHONY: help demo test test-all fuzz sanitize bench lint format clean
+.PHONY: help demo test test-all fuzz sanitize bench gpu lint format clean
 
 help:
 	@echo "make demo      train DLA-L-20, MRLA-L-20 and ResNet-20 on handwritten digits; results in demo/"
@@ -17,6 +17,7 @@ help:
 	@echo "make fuzz      every op on 10000 random shapes, layouts and dtypes"
 	@echo "make sanitize  the ops' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench     what each layer interaction costs against the plain network, on this machine"
+	@echo "make gpu       tests, compute-sanitizer and benchmarks of the kernels on this machine's GPU; results in benchmarks/results/"
 	@echo "make lint      check style;  make format  mend it"
 
 demo: $(VENV)/.package
@@ -42,6 +43,9 @@ sanitize: $(VENV)/.dependencies
 
 bench: $(VENV)/.package
 	$(BIN)/pytest benchmarks/models.py
+
+gpu: $(VENV)/.package
+	$(BIN)/python benchmarks/gpu.py
 
 lint: $(VENV)/.package
 	$(BIN)/ruff check

@@ -80,6 +80,4 @@ def why_not(backend: str, device: torch.device) -> str | None:
     """The reason why ``backend`` cannot run ops on ``device``; None where it can."""
     if backend == "reference":
         return None
-    if native.ERROR is not None:
-        return native.ERROR
-    return None if device.type == "cpu" else f"its kernels run on cpu, not on {device.type}"
+    return native.why_not(device)

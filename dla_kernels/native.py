@@ -1,7 +1,10 @@
-"""The native library: loaded once, and where that fails, the cause is kept instead of raised."""
+"""The native libraries: loaded once, and where that fails, the cause is kept instead of raised."""
 
+import ctypes
 import importlib
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -22,6 +25,60 @@ def _load() -> str | None:
 
 #: Why there are no native kernels; None where there are.
 ERROR: str | None = _load()
+
+
+def _load_cuda() -> str | None:
+    """Loads ``dla_kernels._C_cuda``, the library ops' kernels for CUDA tensors; returns why it could not."""
+    if ERROR is not None:
+        return ERROR
+    if torch.version.cuda is None:
+        return "this torch has no CUDA"
+    if not _CUDA_LIBRARY.exists():
+        return "dla_kernels._C_cuda was not built: there was no nvcc when the package was installed"
+    try:
+        torch.ops.load_library(str(_CUDA_LIBRARY))
+    except (OSError, RuntimeError) as error:
+        return f"dla_kernels._C_cuda does not load: {error}"
+    return None
+
+
+_CUDA_LIBRARY = Path(__file__).with_name(f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}")
+
+#: Why there are no native kernels for CUDA; None where there are.
+CUDA_ERROR: str | None = _load_cuda()
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why the native kernels cannot run on ``device``; None where they can."""
+    if ERROR is not None:
+        return ERROR
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"its kernels run on cpu and cuda, not on {device.type}"
+    if CUDA_ERROR is not None:
+        return CUDA_ERROR
+    architectures = _cuda_text("dla_cuda_architectures")
+    if not torch.cuda.is_available() or _runs_on(torch.cuda.get_device_capability(device), architectures):
+        return None
+    return f"it was built for sm_{architectures.replace(' ', ', sm_')}, not for {torch.cuda.get_device_name(device)}"
+
+
+def _runs_on(capability: tuple[int, int], architectures: str) -> bool:
+    """Whether code for "80 90a 120+PTX" runs there: that of its own major version, or of any before it as PTX."""
+    for name in architectures.split():
+        number, _, ptx = name.partition("+")
+        exact = number[-1] in "af"
+        built = divmod(int(number.rstrip("af")), 10)
+        if built == capability or (not exact and built <= capability and (ptx or built[0] == capability[0])):
+            return True
+    return False
+
+
+def _cuda_text(function: str) -> str:
+    call = getattr(ctypes.CDLL(str(_CUDA_LIBRARY)), function)
+    call.restype = ctypes.c_char_p
+    return call().decode()
 
 
 def library_ops(op: str, **fakes: Callable) -> SimpleNamespace:
@@ -56,10 +113,13 @@ def build_info() -> dict[str, str]:
         raise RuntimeError(ERROR)
     from dla_kernels import _C
 
-    return _C.build_info() | {
+    info = _C.build_info() | {
         "instruction_sets": " ".join(_C.instruction_sets()),
         "instruction_set": _C.instruction_set(),
     }
+    if CUDA_ERROR is not None:
+        return info | {"cuda": f"none: {CUDA_ERROR}"}
+    return info | {"cuda": _cuda_text("dla_cuda_toolkit"), "cuda_architectures": _cuda_text("dla_cuda_architectures")}
 
 
 def is_walkable(x: torch.Tensor) -> bool:

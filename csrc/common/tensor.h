@@ -99,21 +99,27 @@ inline Tensor new_state(const Tensor& map, std::initializer_list<int64_t> sizes)
     return torch::stable::new_empty(map, {sizes.begin(), sizes.size()}, dtype);
 }
 
-// Calls body with a null pointer to the map's element type.
-template <class Body>
-void on_dtype(const Tensor& x, const Body& body) {
+// Calls body with a null pointer to the map's element type, of which the two 16-bit ones have names of their own on
+// every device.
+template <class BFloat16Type, class HalfType, class Body>
+void on_dtype_of(const Tensor& x, const Body& body) {
     switch (x.scalar_type()) {
         case ScalarType::Float:
             return body(static_cast<float*>(nullptr));
         case ScalarType::Double:
             return body(static_cast<double*>(nullptr));
         case ScalarType::BFloat16:
-            return body(static_cast<BFloat16*>(nullptr));
+            return body(static_cast<BFloat16Type*>(nullptr));
         case ScalarType::Half:
-            return body(static_cast<Half*>(nullptr));
+            return body(static_cast<HalfType*>(nullptr));
         default:
             STD_TORCH_CHECK(false, "a map must be float32, float64, bfloat16 or float16");
     }
+}
+
+template <class Body>
+void on_dtype(const Tensor& x, const Body& body) {
+    on_dtype_of<BFloat16, Half>(x, body);
 }
 
 }  // namespace dla

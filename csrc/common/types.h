@@ -1,4 +1,4 @@
-// Plain types that hosts and kernels share: no torch beyond its header-only number types.
+// Plain types that the CPU's hosts and kernels share: no torch beyond its header-only number types.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -7,35 +7,13 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
-#include <type_traits>
+
+#include "common/shape.h"
 
 namespace dla {
 
 using BFloat16 = c10::BFloat16;
 using Half = c10::Half;
-
-// Sums over a map, and the recurrent state beside it: float64 for float64 maps, else float32.
-template <class T>
-using Acc = std::conditional_t<std::is_same_v<std::remove_const_t<T>, double>, double, float>;
-
-struct Shape {
-    int64_t B, C, H, W;
-    int64_t HW() const { return H * W; }
-};
-
-// A map [B, C, H, W] whose rows follow each other without gaps. Either its pixels are adjacent (pixel == 1, NCHW) or
-// its channels are (channel == 1, channels_last); batch and the other stride are free, so slices need no copy.
-template <class T>
-struct Map {
-    T* data = nullptr;
-    int64_t batch = 0, channel = 0, pixel = 0;
-
-    T* at(int64_t b, int64_t c, int64_t p) const { return data + b * batch + c * channel + p * pixel; }
-    explicit operator bool() const { return data != nullptr; }
-};
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Channels_last maps are cut into runs of whole rows. The cut depends on the shape alone, never on the number of
 // threads, so that sums over the runs, added in order, always have the same bits.

@@ -283,6 +283,8 @@ ROWS = [
         ("primes in rows", (7, 37, 5, 3), {"layout": "rows"}),
         ("several runs of rows", (2, 48, 40, 40), {"layout": "rows"}),
         ("wide", (5, 132, 3, 3), {}),
+        ("many weights", (5, 256, 1, 1), {"carried": True}),  # so that the GPU takes a launch for every phase
+        ("many weights, split", (2, 200, 1, 1), {"form": "split"}),
         ("one pixel", (4, 17, 1, 1), {}),
         ("two channels", (3, 2, 9, 9), {"form": "split"}),
         ("no sample", (0, 8, 4, 4), {"carried": True}),
@@ -301,6 +303,8 @@ ROWS = [
         ("deep stage", (2, 8, 1, 1), {"T": 36, "form": "split"}),
         ("primes", (7, 37, 1, 1), {"T": 5}),
         ("wide", (2, 132, 1, 1), {"T": 5}),
+        ("many weights", (2, 256, 1, 1), {"T": 3, "gate": "hidden"}),
+        ("many weights, split", (2, 200, 1, 1), {"form": "split"}),
         ("two channels", (3, 2, 1, 1), {}),
         ("no sample", (0, 8, 1, 1), {"form": "split"}),
     ),

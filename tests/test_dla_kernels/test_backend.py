@@ -80,11 +80,44 @@ def test_only_auto_falls_back(monkeypatch):
 
 
 @needs_native
-def test_native_runs_on_the_cpu_only():
+def test_native_runs_on_cpu_and_cuda_only():
     meta = torch.device("meta")
     assert backend.choose(meta) == "reference"
-    with pytest.raises(RuntimeError, match="backend native: its kernels run on cpu, not on meta"):
+    with pytest.raises(RuntimeError, match="backend native: its kernels run on cpu and cuda, not on meta"):
         backend.choose(meta, "native")
+
+
+@needs_native
+def test_cuda_kernels_that_do_not_load(monkeypatch, tmp_path):
+    """The cause is kept, and a call on the GPU tells it; the CPU is not concerned."""
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert native._load_cuda() == "this torch has no CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(native, "_CUDA_LIBRARY", tmp_path / "_C_cuda.so")
+    assert "was not built: there was no nvcc" in native._load_cuda()
+    native._CUDA_LIBRARY.write_text("no library")
+    assert native._load_cuda().startswith("dla_kernels._C_cuda does not load: ")
+    monkeypatch.setattr(native, "CUDA_ERROR", "the cause")
+    assert native.build_info()["cuda"] == "none: the cause"
+    assert backend.choose(CPU) == "native"
+    with pytest.raises(RuntimeError, match="backend native: the cause"):
+        backend.choose(torch.device("cuda"), "native")
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        ("80 90", (8, 0), True),
+        ("80 90", (8, 9), True),  # of the same major version, and later
+        ("86", (8, 0), False),
+        ("80 90", (10, 0), False),  # no PTX to compile
+        ("80 90+PTX", (12, 0), True),
+        ("90a", (9, 0), True),
+        ("100a+PTX", (12, 0), False),  # which its own architecture alone runs
+    ],
+)
+def test_architectures_that_a_device_runs(architectures, capability, runs):
+    assert native._runs_on(capability, architectures) == runs
 
 
 @needs_native

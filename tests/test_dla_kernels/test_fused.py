@@ -19,12 +19,12 @@ LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7, torc
 CANCELLING = {"light_update": 8, "layer_attention": 8}
 
 
-def check(call: Call, limit: float) -> None:
+def check(call: Call, limit: float, backend: str = "native") -> None:
     low = limit in (LIMITS[torch.bfloat16], LIMITS[torch.float16])
     expected_call = call if low else call.to_double()
-    outputs = call("native")
+    outputs = call(backend)
     directions = call.directions(outputs)
-    actual = call.run("native", directions)
+    actual = call.run(backend, directions)
     expected = expected_call.run("reference", directions if low else [d.double() for d in directions])
     for name, value in actual.items():
         slack = CANCELLING.get(call.op, 1) if name.startswith("gradient") else 1

@@ -1,0 +1,380 @@
+// The Dynamic Sharing Unit's phases, forward and backward. A block has kDsuRows rows, so that a weight that it reads
+// serves as many; what one phase leaves for the next lies in global memory. Small units run all phases in one launch,
+// a barrier between any two. A large one's weights would keep a few blocks busy for long: there every phase is a launch
+// of its own, whose outputs several blocks (gridDim.y) share. Which of the two, its size alone decides.
+#pragma once
+
+#include <algorithm>
+
+#include "common/cuda/dsu.h"
+#include "common/cuda/launch.cuh"
+#include "common/cuda/reduce.cuh"
+#include "common/cuda/vector.cuh"
+
+namespace dla {
+
+// As many as leave 168 registers for each; fewer of float64, which takes twice as many.
+template <class A>
+constexpr int kDsuThreads = sizeof(A) == 8 ? 256 : 384;
+template <class A>
+constexpr int kDsuWarps = kDsuThreads<A> / kWarp;
+constexpr int kDsuRows = 4;
+// Lanes for a sum over the hidden units, of which there are few; 4 sums at once in a warp.
+constexpr int kDsuSpan = 8;
+// Weights in flight in a thread: 16 bytes of them.
+template <class A>
+constexpr int kDsuUnroll = 16 / sizeof(A);
+
+// The phases of one launch, a bit for each. They stand one after the other, not in a loop, out of which the compiler
+// would move every phase's addresses into registers.
+struct DsuPhases {
+    unsigned set;
+
+    template <class Body>
+    __device__ __forceinline__ void run(int phase, const Body& body) const {
+        if (!(set >> phase & 1)) return;
+        if (set & ((1u << phase) - 1)) __syncthreads();
+        body();
+    }
+};
+
+// Runs the phases as said above.
+template <class A, class Args>
+void launch_phases(void (*kernel)(Args, DsuPhases), const Args& args, int64_t rows, DsuPhases phases, int64_t weights,
+                   size_t shared, cudaStream_t stream) {
+    if (rows == 0) return;
+    // 256 KiB of float32: what one multiprocessor reads in a few microseconds, about the cost of two launches.
+    constexpr int64_t kSmall = 1 << 16, kSlice = 1 << 14;
+    const auto blocks = static_cast<unsigned>(ceil_div(rows, kDsuRows));
+    if (weights <= kSmall) return launch(kernel, dim3(blocks), kDsuThreads<A>, shared, stream, args, phases);
+    const auto slices = static_cast<unsigned>(std::min<int64_t>(64, ceil_div(weights, kSlice)));
+    for (unsigned bit = 1; bit <= phases.set; bit *= 2) {
+        if (phases.set & bit) {
+            launch(kernel, dim3(blocks, slices), kDsuThreads<A>, shared, stream, args, DsuPhases{bit});
+        }
+    }
+}
+
+// A block's rows; beyond the last one it takes the last again, and does not store.
+struct DsuRows {
+    int64_t first, count;
+
+    __device__ explicit DsuRows(int64_t count) : first(int64_t(blockIdx.x) * kDsuRows), count(count) {}
+    __device__ __forceinline__ int64_t row(int i) const { return min(first + i, count - 1); }
+    __device__ __forceinline__ bool has(int i) const { return first + i < count; }
+};
+
+template <class A>
+__device__ __forceinline__ A sigmoid(A v) {
+    return A(1) / (A(1) + exp(-v));
+}
+
+template <class A>
+__device__ __forceinline__ A activate(DsuActivation activation, A v) {
+    switch (activation) {
+        case DsuActivation::tanh:
+            return tanh(v);
+        case DsuActivation::relu:
+            return v <= A(0) ? A(0) : v;  // a NaN passes, as in torch
+        case DsuActivation::sigmoid:
+            return sigmoid(v);
+        default:
+            return v;
+    }
+}
+
+// The activation's derivative at v.
+template <class A>
+__device__ __forceinline__ A activation_slope(DsuActivation activation, A v) {
+    const A value = activate(activation, v);
+    switch (activation) {
+        case DsuActivation::tanh:
+            return A(1) - value * value;
+        case DsuActivation::relu:
+            return v <= A(0) ? A(0) : A(1);
+        case DsuActivation::sigmoid:
+            return value * (A(1) - value);
+        default:
+            return A(1);
+    }
+}
+
+// sums[part][i] += what falls to this lane of kSpan of x[i] . weights[part].
+template <int kSpan, int kParts, class A>
+__device__ __forceinline__ void dot(const A* const (&weights)[kParts], const A* const (&x)[kDsuRows], int K,
+                                    A (&sums)[kParts][kDsuRows]) {
+    constexpr int N = kVector<A>;
+    const int lane = threadIdx.x % kSpan;
+    uintptr_t low_bits = static_cast<uintptr_t>(K * sizeof(A));
+#pragma unroll
+    for (int i = 0; i < kDsuRows; ++i) low_bits |= reinterpret_cast<uintptr_t>(x[i]);
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) low_bits |= reinterpret_cast<uintptr_t>(weights[part]);
+    const auto run = [&](auto width) {
+        constexpr int kWidth = decltype(width)::value;
+#pragma unroll(kParts > 1 ? 1 : 2)
+        for (int k = lane * kWidth; k < K; k += kSpan * kWidth) {
+            A w[kParts][kWidth];
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) load(weights[part] + k, w[part]);
+#pragma unroll
+            for (int i = 0; i < kDsuRows; ++i) {
+                A v[kWidth];
+                load(x[i] + k, v);
+#pragma unroll
+                for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+                    for (int j = 0; j < kWidth; ++j) sums[part][i] += w[part][j] * v[j];
+                }
+            }
+        }
+    };
+    low_bits % 16 == 0 ? run(std::integral_constant<int, N>()) : run(std::integral_constant<int, 1>());
+}
+
+// v[i], with all of v in registers.
+template <class A>
+__device__ __forceinline__ A select(const A (&v)[kDsuRows], int i) {
+    A value = v[0];
+#pragma unroll
+    for (int k = 1; k < kDsuRows; ++k) value = i == k ? v[k] : value;
+    return value;
+}
+
+// y [M, C] and h [M / T, C] -> s [M, hidden], behind the ReLU. A warp for each unit.
+template <class A>
+__device__ void dsu_reduce(const Dsu<A>& d, const DsuRows& rows, const A* y, const A* h, int64_t T, A* s) {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, hidden = d.hidden(), R = d.R;
+    const A *y_rows[kDsuRows], *h_rows[kDsuRows];
+#pragma unroll
+    for (int i = 0; i < kDsuRows; ++i) {
+        y_rows[i] = y + rows.row(i) * d.C;
+        h_rows[i] = h + rows.row(i) / T * d.C;
+    }
+    for (int n = blockIdx.y * kDsuWarps<A> + warp; n < hidden; n += gridDim.y * kDsuWarps<A>) {
+        const bool of_y = n < R, of_h = d.joint || !of_y;
+        const int64_t k = of_y ? n : n - R;
+        A sums[1][kDsuRows] = {};
+        if (of_y) dot<kWarp, 1>({d.weights + d.y().reduce + k * d.y().pitch}, y_rows, d.C, sums);
+        if (of_h) dot<kWarp, 1>({d.weights + d.h().reduce + k * d.h().pitch}, h_rows, d.C, sums);
+        const A bias = d.joint ? A(0) : d.weights[(of_y ? d.y().reduce_bias : d.h().reduce_bias) + k];
+#pragma unroll
+        for (int i = 0; i < kDsuRows; ++i) sums[0][i] = warp_sum(sums[0][i]) + bias;
+        const A v = select(sums[0], lane);
+        if (lane < kDsuRows && rows.has(lane)) s[rows.row(lane) * hidden + n] = v <= A(0) ? A(0) : v;
+    }
+}
+
+// s -> body(row, channel, input gate, forget gate, candidate), each behind its sigmoid or tanh.
+template <class A, class Body>
+__device__ __forceinline__ void dsu_expand(const Dsu<A>& d, const DsuRows& rows, const A* s, const Body& body) {
+    constexpr int kAtOnce = kDsuThreads<A> / kDsuSpan;
+    const int C = d.C, R = d.R;
+    const int64_t starts[3] = {d.input(), d.forget(), d.candidate()};
+    for (int first = blockIdx.y * kAtOnce; first < C; first += gridDim.y * kAtOnce) {
+        const int j = first + threadIdx.x / kDsuSpan, inside = min(j, C - 1);
+        A gates[3][kDsuRows] = {};
+        // Of y's units, and of h's where they have their own.
+#pragma unroll 1
+        for (int64_t from = 0; from < d.hidden(); from += R) {
+            const A* weights = d.weights + (from == 0 ? d.y().expand : d.h().expand) + int64_t(inside) * R;
+            const A* x[kDsuRows];
+#pragma unroll
+            for (int i = 0; i < kDsuRows; ++i) x[i] = s + rows.row(i) * d.hidden() + from;
+            dot<kDsuSpan, 3>({weights + starts[0] * R, weights + starts[1] * R, weights + starts[2] * R}, x, R, gates);
+        }
+#pragma unroll
+        for (int part = 0; part < 3; ++part) {
+            const int64_t n = starts[part] + inside;
+            A bias = d.weights[d.y().expand_bias + n];
+            if (!d.joint) bias += d.weights[d.h().expand_bias + n];
+#pragma unroll
+            for (int i = 0; i < kDsuRows; ++i) gates[part][i] = warp_sum<1, kDsuSpan>(gates[part][i]) + bias;
+        }
+        // A lane for each row: every lane of the span has all sums.
+        const int own = threadIdx.x % kDsuSpan;
+        A mine[3];
+#pragma unroll
+        for (int part = 0; part < 3; ++part) mine[part] = select(gates[part], own);
+        if (own < kDsuRows && j < C && rows.has(own)) {
+            body(rows.row(own), int64_t(j), sigmoid(mine[0]), sigmoid(mine[1]), tanh(mine[2]));
+        }
+    }
+}
+
+// The gradient of the context of (row, j) -> those of the gates [M, 3C] before their sigmoids and tanh.
+template <class A>
+__device__ __forceinline__ void dsu_gate_gradients(const Dsu<A>& d, int64_t row, int64_t j, A grad, A before, A input,
+                                                   A forget, A candidate, A* grad_gates) {
+    A* to = grad_gates + row * 3 * d.C + j;
+    to[d.input()] = grad * candidate * input * (A(1) - input);
+    to[d.forget()] = grad * before * forget * (A(1) - forget);
+    to[d.candidate()] = grad * input * (A(1) - candidate * candidate);
+}
+
+// Values of shared memory for dsu_hidden_gradients.
+template <class A>
+constexpr int kDsuShared = kDsuWarps<A> * kDsuRows * kDsuSpan;
+
+// Gradients of the gates [M, 3C] -> of the hidden units [M, hidden] before the ReLU. The warps share the sums, so that
+// every weight is read once, in whole sectors.
+template <class A>
+__device__ void dsu_hidden_gradients(const Dsu<A>& d, const DsuRows& rows, const A* grad_gates, const A* s, A* grad_s,
+                                     A* shared) {
+    constexpr int kParts = kDsuThreads<A> / kDsuSpan;
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, at = threadIdx.x % kDsuSpan;
+    const int hidden = d.hidden(), gates = 3 * d.C, R = d.R;
+    const A* of[kDsuRows];
+#pragma unroll
+    for (int i = 0; i < kDsuRows; ++i) of[i] = grad_gates + rows.row(i) * gates;
+    for (int first = blockIdx.y * kDsuSpan; first < hidden; first += gridDim.y * kDsuSpan) {
+        const int n = first + at;
+        const A* weight = d.weights + (n < R ? d.y().expand + n : d.h().expand + n - R);
+        A sums[kDsuRows] = {};
+        if (n < hidden) {
+#pragma unroll kDsuUnroll < A>
+            for (int g = threadIdx.x / kDsuSpan; g < gates; g += kParts) {
+                const A w = weight[int64_t(g) * R];
+#pragma unroll
+                for (int i = 0; i < kDsuRows; ++i) sums[i] += w * of[i][g];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kDsuRows; ++i) {
+            sums[i] = warp_sum<kDsuSpan>(sums[i]);
+            if (lane < kDsuSpan) shared[(warp * kDsuRows + i) * kDsuSpan + at] = sums[i];
+        }
+        __syncthreads();
+        const int i = threadIdx.x / kDsuSpan;
+        if (i < kDsuRows && rows.has(i) && n < hidden) {
+            A total = 0;
+            for (int w = 0; w < kDsuWarps<A>; ++w) total += shared[(w * kDsuRows + i) * kDsuSpan + at];
+            const int64_t to = rows.row(i) * hidden + n;
+            grad_s[to] = s[to] <= A(0) ? A(0) : total;
+        }
+        __syncthreads();
+    }
+}
+
+// Gradients of the hidden units -> body(row, channel, gradient of y, gradient of h).
+template <bool kOfH, class A, class Body>
+__device__ __forceinline__ void dsu_input_gradients(const Dsu<A>& d, const DsuRows& rows, const A* grad_s,
+                                                    const Body& body) {
+    const int R = d.R, C = d.C;
+    const A* of[kDsuRows];
+#pragma unroll
+    for (int i = 0; i < kDsuRows; ++i) of[i] = grad_s + rows.row(i) * d.hidden();
+    const DsuBranch y = d.y(), h = d.h();
+    const int own = d.joint ? 0 : R;  // where h's units begin
+    for (int c = blockIdx.y * kDsuThreads<A> + threadIdx.x; c < C; c += gridDim.y * kDsuThreads<A>) {
+        A of_y[kDsuRows] = {}, of_h[kDsuRows] = {};
+#pragma unroll kDsuUnroll < A>
+        for (int n = 0; n < R; ++n) {
+            const A w = d.weights[y.reduce + n * y.pitch + c];
+            const A v = kOfH ? d.weights[h.reduce + n * h.pitch + c] : A(0);
+#pragma unroll
+            for (int i = 0; i < kDsuRows; ++i) {
+                of_y[i] += w * of[i][n];
+                if (kOfH) of_h[i] += v * of[i][own + n];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kDsuRows; ++i) {
+            if (rows.has(i)) body(rows.row(i), int64_t(c), of_y[i], of_h[i]);
+        }
+    }
+}
+
+// out[i, j] = sum over the rows m of p[m, i] q[m / T, j], and bias[i] = sum of p[m, i]: a part of the weights'
+// gradient. From row `turn` on, q's rows are those of q_later.
+template <class A>
+struct DsuProduct {
+    const A *p, *q, *q_later;
+    int64_t p_pitch, q_pitch, I, J;
+    int64_t turn, T;
+    A* out;
+    int64_t pitch;
+    A* bias;
+
+    static constexpr int kTile = 32;
+    DLA_HOST_DEVICE int64_t tiles() const { return ceil_div(I, kTile) * ceil_div(J, kTile); }
+};
+
+// All of them: those of a joint unit are three.
+template <class A>
+struct DsuProducts {
+    DsuProduct<A> parts[4];
+    int64_t M;
+    int count;
+
+    // Of M rows whose hidden units are s and whose y and h are given, with the gradients of both layers' outputs.
+    DsuProducts(const Dsu<A>& d, int64_t M, int64_t turn, int64_t T, const A* grad_gates, const A* s, const A* grad_s,
+                const A* y, const A* y_later, const A* h, const A* h_later, A* grads)
+        : M(M), count(d.joint ? 3 : 4) {
+        const int64_t C = d.C, R = d.R, H = d.hidden();
+        const auto bias = [&](int64_t at) { return at < 0 ? nullptr : grads + at; };
+        const auto reduce = [&](const DsuBranch& to, int64_t first, const A* q, const A* later, int64_t T) {
+            return DsuProduct<A>{grad_s + first,      q, later, H, C, R, C, turn, T, grads + to.reduce, to.pitch,
+                                 bias(to.reduce_bias)};
+        };
+        const auto expand = [&](const DsuBranch& to, int64_t first) {
+            return DsuProduct<A>{grad_gates, s + first,           nullptr, 3 * C, H, 3 * C, R, M, 1, grads + to.expand,
+                                 R,          bias(to.expand_bias)};
+        };
+        parts[0] = reduce(d.y(), 0, y, y_later, 1);
+        parts[1] = reduce(d.h(), d.joint ? 0 : R, h, h_later, T);
+        parts[2] = expand(d.y(), 0);
+        parts[3] = d.joint ? DsuProduct<A>{} : expand(d.h(), R);
+    }
+
+    DLA_HOST_DEVICE int64_t tiles() const {
+        int64_t total = 0;
+        for (int k = 0; k < count; ++k) total += parts[k].tiles();
+        return total;
+    }
+};
+
+constexpr int kProductThreads = 256;
+// Rows that a block takes at once, and values of shared memory: two tiles of them.
+constexpr int kProductRows = 32, kProductShared = 2 * kProductRows * DsuProduct<float>::kTile;
+
+// One tile, 32 by 32: a thread has 4 rows of one column.
+template <class A>
+__device__ void dsu_product_tile(const DsuProducts<A>& all, int64_t tile, A* shared) {
+    constexpr int kTile = DsuProduct<A>::kTile, kEach = kTile * kTile / kProductThreads;
+    int part = 0;
+    while (tile >= all.parts[part].tiles()) tile -= all.parts[part++].tiles();
+    const DsuProduct<A>& a = all.parts[part];
+    const int64_t columns = ceil_div(a.J, kTile);
+    const int64_t i0 = tile / columns * kTile, j0 = tile % columns * kTile;
+    const int column = threadIdx.x % kTile, row = threadIdx.x / kTile;
+    A *p = shared, *q = shared + kProductRows * kTile;
+    A sums[kEach] = {}, of_bias = 0;
+    for (int64_t m0 = 0; m0 < all.M; m0 += kProductRows) {
+        for (int r = row; r < kProductRows; r += kProductThreads / kTile) {
+            const int64_t m = m0 + r, i = i0 + column, j = j0 + column;
+            const A* from = m < a.turn ? a.q + m / a.T * a.q_pitch : a.q_later + (m - a.turn) * a.q_pitch;
+            p[r * kTile + column] = m < all.M && i < a.I ? a.p[m * a.p_pitch + i] : A(0);
+            q[r * kTile + column] = m < all.M && j < a.J ? from[j] : A(0);
+        }
+        __syncthreads();
+#pragma unroll 4
+        for (int r = 0; r < kProductRows; ++r) {
+            const A v = q[r * kTile + column];
+#pragma unroll
+            for (int k = 0; k < kEach; ++k) sums[k] += p[r * kTile + row + k * (kTile / kEach)] * v;
+        }
+        if (a.bias && j0 == 0 && row == 0) {
+            for (int r = 0; r < kProductRows; ++r) of_bias += p[r * kTile + column];
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) {
+        const int64_t i = i0 + row + k * (kTile / kEach), j = j0 + column;
+        if (i < a.I && j < a.J) a.out[i * a.pitch + j] = sums[k];
+    }
+    if (a.bias && j0 == 0 && row == 0 && i0 + column < a.I) a.bias[i0 + column] = of_bias;
+}
+
+}  // namespace dla

@@ -1,0 +1,141 @@
+// refresh_gates on the GPU: the DSU over all prior layers of all samples at once.
+#include "common/cuda/dsu.cuh"
+#include "refresh_gates/cuda.h"
+
+namespace dla {
+namespace {
+
+// The features behind their gates, which the unit takes as y.
+template <class A>
+__device__ void gate_features(const RefreshGates<A>& a, const DsuRows& rows, A* product) {
+    const int64_t begin = rows.first * a.dsu.C, end = min(rows.first + kDsuRows, rows.count) * a.dsu.C;
+    for (int64_t i = begin + blockIdx.y * kDsuThreads<A> + threadIdx.x; i < end; i += gridDim.y * kDsuThreads<A>) {
+        product[i] = a.features[i] * a.gates[i];
+    }
+}
+
+template <class A>
+__global__ void __launch_bounds__(kDsuThreads<A>, 1) forward(const RefreshGatesForward<A> a, const DsuPhases phases) {
+    const Dsu<A>& d = a.dsu;
+    const DsuRows rows(a.M());
+    phases.run(0, [&] { gate_features(a, rows, a.product); });
+    phases.run(1, [&] { dsu_reduce(d, rows, static_cast<const A*>(a.product), a.h, a.T, a.hidden); });
+    phases.run(2, [&] {
+        dsu_expand(d, rows, a.hidden, [&](int64_t row, int64_t j, A input, A forget, A candidate) {
+            const A context = forget * a.c[row / a.T * d.C + j] + input * candidate;
+            const A gate = a.of_context ? context : activate(d.activation, context);
+            a.out[row * d.C + j] = a.gates[row * d.C + j] * gate;
+        });
+    });
+}
+
+template <class A>
+struct Scratch {
+    A *product, *hidden, *grad_hidden, *grad_gates, *grad_c;  // [M, C], [M, hidden] twice, [M, 3C], [M, C]
+
+    explicit Scratch(const RefreshGatesBackward<A>& a) {
+        const int64_t M = a.M(), H = a.dsu.hidden(), C = a.dsu.C;
+        product = a.scratch;
+        hidden = product + M * C;
+        grad_hidden = hidden + M * H;
+        grad_gates = grad_hidden + M * H;
+        grad_c = grad_gates + M * 3 * C;
+    }
+
+    static int64_t size(const RefreshGatesBackward<A>& a) { return a.M() * (5 * a.dsu.C + 2 * a.dsu.hidden()); }
+};
+
+template <class A>
+struct Backward {
+    RefreshGatesBackward<A> args;
+    Scratch<A> at;
+};
+
+template <class A>
+__global__ void __launch_bounds__(kDsuThreads<A>, 1) backward(const Backward<A> both, const DsuPhases phases) {
+    const RefreshGatesBackward<A>& a = both.args;
+    const Scratch<A>& at = both.at;
+    const Dsu<A>& d = a.dsu;
+    const DsuRows rows(a.M());
+    phases.run(0, [&] { gate_features(a, rows, at.product); });
+    phases.run(1, [&] { dsu_reduce(d, rows, static_cast<const A*>(at.product), a.h, a.T, at.hidden); });
+    phases.run(2, [&] {
+        dsu_expand(d, rows, at.hidden, [&](int64_t row, int64_t j, A input, A forget, A candidate) {
+            const int64_t i = row * d.C + j;
+            const A before = a.c[row / a.T * d.C + j], context = forget * before + input * candidate;
+            A grad = a.grad[i] * a.gates[i];
+            a.grad_gates[i] = a.grad[i] * (a.of_context ? context : activate(d.activation, context));
+            if (!a.of_context) grad *= activation_slope(d.activation, context);
+            dsu_gate_gradients(d, row, j, grad, before, input, forget, candidate, at.grad_gates);
+            at.grad_c[i] = grad * forget;
+        });
+    });
+    phases.run(3, [&] { dsu_hidden_gradients(d, rows, at.grad_gates, at.hidden, at.grad_hidden, shared_memory<A>()); });
+    phases.run(4, [&] {
+        dsu_input_gradients<false>(d, rows, at.grad_hidden, [&](int64_t row, int64_t j, A of_product, A) {
+            const int64_t i = row * d.C + j;
+            a.grad_features[i] = of_product * a.gates[i];
+            a.grad_gates[i] += of_product * a.features[i];
+        });
+    });
+}
+
+// Tiles of the weights' gradient; then, block by block, the gradients of a sample's h and c, sums over its T rows.
+template <class A>
+__global__ void __launch_bounds__(kProductThreads)
+    finish(const Backward<A> both, const DsuProducts<A> products, int64_t tiles) {
+    A* shared = shared_memory<A>();
+    if (blockIdx.x < tiles) return dsu_product_tile(products, blockIdx.x, shared);
+    const RefreshGatesBackward<A>& a = both.args;
+    const Scratch<A>& at = both.at;
+    const Dsu<A>& d = a.dsu;
+    const int64_t b = blockIdx.x - tiles, C = d.C, R = d.R, H = d.hidden(), own = d.joint ? 0 : R;
+    for (int64_t n = threadIdx.x; n < R; n += kProductThreads) {
+        A total = 0;
+        for (int64_t t = 0; t < a.T; ++t) total += at.grad_hidden[(b * a.T + t) * H + own + n];
+        shared[n] = total;
+    }
+    __syncthreads();
+    const DsuBranch h = d.h();
+    for (int64_t c = threadIdx.x; c < C; c += kProductThreads) {
+        A of_h = 0, of_c = 0;
+#pragma unroll 4
+        for (int64_t n = 0; n < R; ++n) of_h += d.weights[h.reduce + n * h.pitch + c] * shared[n];
+        for (int64_t t = 0; t < a.T; ++t) of_c += at.grad_c[(b * a.T + t) * C + c];
+        a.grad_h[b * C + c] = of_h;
+        a.grad_c[b * C + c] = of_c;
+    }
+}
+
+}  // namespace
+
+template <class A>
+void refresh_gates_forward(const RefreshGatesForward<A>& a, cudaStream_t stream) {
+    launch_phases<A>(forward<A>, a, a.M(), DsuPhases{7}, a.dsu.size(), 0, stream);
+}
+
+template <class A>
+int64_t refresh_gates_scratch(const RefreshGatesBackward<A>& a) {
+    return Scratch<A>::size(a);
+}
+
+template <class A>
+void refresh_gates_backward(const RefreshGatesBackward<A>& a, cudaStream_t stream) {
+    const Scratch<A> at(a);
+    const Backward<A> both{a, at};
+    launch_phases<A>(backward<A>, both, a.M(), DsuPhases{31}, a.dsu.size(), kDsuShared<A> * sizeof(A), stream);
+    const DsuProducts<A> products(a.dsu, a.M(), a.M(), a.T, at.grad_gates, at.hidden, at.grad_hidden, at.product,
+                                  nullptr, a.h, nullptr, a.grad_weights);
+    const int64_t tiles = products.tiles(), shared = std::max<int64_t>(kProductShared, a.dsu.R);
+    launch(finish<A>, dim3(static_cast<unsigned>(tiles + a.B)), kProductThreads, shared * sizeof(A), stream, both,
+           products, tiles);
+}
+
+template void refresh_gates_forward(const RefreshGatesForward<float>&, cudaStream_t);
+template void refresh_gates_forward(const RefreshGatesForward<double>&, cudaStream_t);
+template int64_t refresh_gates_scratch(const RefreshGatesBackward<float>&);
+template int64_t refresh_gates_scratch(const RefreshGatesBackward<double>&);
+template void refresh_gates_backward(const RefreshGatesBackward<float>&, cudaStream_t);
+template void refresh_gates_backward(const RefreshGatesBackward<double>&, cudaStream_t);
+
+}  // namespace dla

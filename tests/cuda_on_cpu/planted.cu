@@ -1,0 +1,63 @@
+// Kernels for the tests of the CPU build itself: a right one, and the same with one mistake each.
+#include "common/cuda/launch.cuh"
+#include "common/cuda/reduce.cuh"
+#include "common/cuda/vector.cuh"
+
+namespace dla {
+namespace {
+
+constexpr int kThreads = 128;
+
+enum Mistake {
+    none,
+    no_barrier,
+    no_barrier_before_reuse,
+    uninitialised,
+    beyond_shared,
+    beyond_map,
+    misaligned,
+    divergent
+};
+
+// Twice: out[i] = the value of the thread on the other side of the block, plus the block's sum.
+template <Mistake mistake>
+__global__ void mirror(const float* in, float* out) {
+    float* shared = shared_memory<float>();
+    const int i = threadIdx.x, at = blockIdx.x * kThreads + i;
+    float value = in[at];
+    for (int round = 0; round < 2; ++round) {
+        if (mistake != uninitialised || i != 5) shared[i] = value;
+        if (mistake == beyond_shared && i == 7) shared[kThreads + kThreads / kWarp] = 0;
+        if (mistake != no_barrier) __syncthreads();
+        value = shared[kThreads - 1 - i];
+        if (mistake != no_barrier_before_reuse) __syncthreads();
+    }
+    if (mistake == divergent && i < 40) __syncwarp();
+    float total = block_sum(value, shared + kThreads);
+    if (mistake == misaligned) {
+        float four[4];
+        load(in + 1, four);
+        total += four[0];
+    }
+    out[mistake == beyond_map ? at + 1 : at] = value + total;
+}
+
+}  // namespace
+}  // namespace dla
+
+// Returns whether the launch succeeded.
+extern "C" __attribute__((visibility("default"))) bool run_mirror(int mistake, int blocks, const float* in,
+                                                                  float* out) {
+    using namespace dla;
+    void (*const kernels[])(const float*, float*) = {
+        mirror<none>,          mirror<no_barrier>,    mirror<no_barrier_before_reuse>,
+        mirror<uninitialised>, mirror<beyond_shared>, mirror<beyond_map>,
+        mirror<misaligned>,    mirror<divergent>};
+    try {
+        launch(kernels[mistake], dim3(blocks), kThreads, (kThreads + kThreads / kWarp) * sizeof(float), nullptr, in,
+               out);
+    } catch (const std::runtime_error&) {
+        return false;
+    }
+    return true;
+}
