@@ -27,10 +27,6 @@ struct Dense {
     }
 };
 
-std::optional<Tensor> in_layout(const std::optional<Tensor>& map, bool channels_last) {
-    return map ? std::optional<Tensor>(in_layout(*map, channels_last)) : std::nullopt;
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> light_update_forward_cuda(
@@ -74,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> light_update_folded_cuda(
     const auto carried = in_layout(carried_, channels_last);
     const Dense in(y, query_weight, key_weight, value_weight, carry_scale, gate, carry_weight);
     const Shape s = shape_of(x);
-    const Tensor out = torch::stable::empty_like(x), o = need_o ? torch::stable::empty_like(x) : new_tensor(x, {0});
+    const Tensor out = torch::stable::empty_like(x), o = map_or_empty(need_o, x);
     const Tensor out_mean = new_tensor(in.y, {s.B, s.C}), o_mean = new_tensor(in.y, {s.B, s.C});
     on_cuda_dtype(x, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
@@ -120,11 +116,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_);
     const Dense in(y, query_weight, key_weight, value_weight, carry_scale, gate, carry_weight);
     const Shape s = shape_of(o);
-    const auto map_if_needed = [&](bool need) { return need ? torch::stable::empty_like(o) : new_tensor(o, {0}); };
     const auto like = [&](const std::optional<Tensor>& t) {
         return t ? torch::stable::empty_like(*t) : new_tensor(in.y, {0});
     };
-    const Tensor grad_x = map_if_needed(need_x), grad_carried = map_if_needed(need_carried && carried);
+    const Tensor grad_x = map_or_empty(need_x, o), grad_carried = map_or_empty(need_carried && carried, o);
     const Tensor grad_y = like(in.y), grad_query_weight = like(in.query_weight), grad_key_weight = like(in.key_weight);
     const Tensor grad_value_weight = like(in.value_weight), grad_carry_scale = like(in.carry_scale);
     const Tensor grad_gate = like(in.gate), grad_carry_weight = like(in.carry_weight);
