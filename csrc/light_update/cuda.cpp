@@ -29,7 +29,7 @@ struct Dense {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> light_update_forward_cuda(
+std::tuple<Tensor, Tensor, Tensor> cuda_light_update_forward(
     const Tensor& x_, const Tensor& y, const Tensor& query_weight, const Tensor& key_weight,
     const Tensor& value_weight, const std::optional<Tensor>& carried_, const std::optional<Tensor>& carry_scale,
     const std::optional<Tensor>& gate, const std::optional<Tensor>& carry_weight, int64_t head_dim) {
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> light_update_forward_cuda(
     return {o, mean, var};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> light_update_folded_cuda(
+std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_light_update_folded(
     const Tensor& x_, const Tensor& y, const Tensor& query_weight, const Tensor& key_weight,
     const Tensor& value_weight, const std::optional<Tensor>& carried_, const std::optional<Tensor>& carry_scale,
     const std::optional<Tensor>& gate, const std::optional<Tensor>& carry_weight, const Tensor& mean_,
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> light_update_folded_cuda(
 
 // Gradients of x, y, query_weight, key_weight, value_weight, carried, carry_scale, gate and carry_weight; an empty
 // tensor stands for one that is not there or not needed.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> light_update_backward_cuda(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cuda_light_update_backward(
     const Tensor& grad_out_, const std::optional<Tensor>& grad_out_mean_, const std::optional<Tensor>& grad_o_,
     const std::optional<Tensor>& grad_o_mean_, const Tensor& o_, const Tensor& mean_, const Tensor& var_,
     const Tensor& weight_, const std::optional<Tensor>& sum_weight_, const std::optional<Tensor>& sum_bias_,
@@ -165,9 +165,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 }
 
 DLA_CUDA_OPS(m) {
-    m.impl("light_update_forward", TORCH_BOX(&light_update_forward_cuda));
-    m.impl("light_update_folded", TORCH_BOX(&light_update_folded_cuda));
-    m.impl("light_update_backward", TORCH_BOX(&light_update_backward_cuda));
+    m.impl("light_update_forward", TORCH_BOX(&cuda_light_update_forward));
+    m.impl("light_update_folded", TORCH_BOX(&cuda_light_update_folded));
+    m.impl("light_update_backward", TORCH_BOX(&cuda_light_update_backward));
 }
 
 }  // namespace dla
