@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
     attend(a.attention, s, p.b, p.c0, p.channels, a.range, products, weights);
 
     for (int i = threadIdx.x; i < p.channels; i += blockDim.x) {
-        const int64_t c = min(p.c0 + i, s.C - 1);
+        const int64_t c = min(int64_t(p.c0 + i), s.C - 1);
         const A inverse_std = A(1) / sqrt(a.norm.var[c] + a.norm.eps), scale = a.norm.weight[c] * inverse_std;
         lines[i] = a.norm.mean[c];
         lines[p.channels + i] = scale;
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
     }
     for (int i = threadIdx.x; i < a.later_count * p.channels; i += blockDim.x) {
         const int j = i / p.channels;
-        const int64_t c = min(p.c0 + i % p.channels, s.C - 1);
+        const int64_t c = min(int64_t(p.c0 + i % p.channels), s.C - 1);
         later[i] = a.later_weights[j][p.b * a.later_batch[j] + c];
     }
     for (int i = threadIdx.x; i < a.range.count * warps * width; i += blockDim.x) products[i] = 0;
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
 
     const bool own = a.range.count > 0 && a.range.first + a.range.count == a.attention.layers;
     for (int step = 0; step < plan.steps; ++step) {
-        const int64_t at = p.at + step * p.stride * kDepth;
+        const int at = p.at + step * p.stride * kDepth;
         A grad[kDepth][P::N];
         {
             A o[kDepth][P::N], mean[P::kChannels], line[P::kChannels], bias[P::kChannels];
@@ -83,10 +83,8 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
         }
         if (a.grad_o) p.store_all(a.grad_o, at, grad);
 
-#pragma unroll 2
-        for (int m = 0; m < a.range.count; ++m) {
-            A value[kDepth][P::N], sums[P::kChannels] = {};
-            p.load_all(a.values[m], at, value);
+        p.each_map(a.values, a.range.count, at, [&](int m, const A (&value)[kDepth][P::N]) {
+            A sums[P::kChannels] = {};
 #pragma unroll
             for (int i = 0; i < kDepth; ++i) {
 #pragma unroll
@@ -101,7 +99,7 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
 #pragma unroll
                 for (int c = 0; c < P::kChannels; ++c) to[c] += sums[c];
             }
-        }
+        });
 
         if (!a.grad_value && !a.after) continue;
         // The gradient of the layer's own value map takes the place of o's.
@@ -121,17 +119,14 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
                 for (int e = 0; e < P::N; ++e) grad[i][e] += before[i][e];
             }
         }
-#pragma unroll 2
-        for (int j = 0; j < a.later_count; ++j) {
-            A more[kDepth][P::N];
-            p.load_all(a.later[j], at, more);
+        p.each_map(a.later, a.later_count, at, [&](int j, const A (&more)[kDepth][P::N]) {
             p.load_channels(later + j * p.channels, weight);
 #pragma unroll
             for (int i = 0; i < kDepth; ++i) {
 #pragma unroll
                 for (int e = 0; e < P::N; ++e) grad[i][e] += weight[e % P::kChannels] * more[i][e];
             }
-        }
+        });
         if (a.after) {
             p.store_all(a.after, at, grad);
         } else {
@@ -148,7 +143,7 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
         const A* of = products + (m * warps + channel / width * of_team) * width + channel % width;
         A sum = 0;
         for (int w = 0; w < of_team; ++w) sum += of[w * width];
-        a.parts[((p.b * plan.runs + p.run) * a.attention.layers + a.range.first + m) * s.C + c] = sum;
+        a.parts[((int64_t(p.b) * plan.runs + p.run) * a.attention.layers + a.range.first + m) * s.C + c] = sum;
     }
 }
 

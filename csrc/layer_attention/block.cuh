@@ -44,61 +44,77 @@ struct Place {
     static constexpr bool kRows = kRows_;
     static constexpr int kChannels = kRows ? N : 1;  // of a thread
 
-    int64_t b, c0, c, run;    // sample; the block's and the thread's first channel; the block's run of vectors
-    int64_t at, stride, end;  // the thread's first vector, its distance to the next one, and where they end
-    int channels, slot;       // of the block, and the thread's first one among them
-    int lane, lanes;          // of the channels' vectors in a warp
+    int b, run;           // sample, and the block's run of vectors
+    int c0, c, safe;      // the block's and the thread's first channel; one that is in the map where that is not
+    int at, stride, end;  // the thread's first vector of a plane, its distance to the next one, and where they end
+    int last;             // the last vector of a plane
+    int channels, slot;   // of the block, and the thread's first one among them
+    int lane;             // of the channels' vectors in a warp
 
-    __device__ Place(const Plan& p, const Shape& s) : lanes(p.lanes) {
-        int64_t block = blockIdx.x;
+    __device__ Place(const Plan& p, const Shape& s) {
+        unsigned block = blockIdx.x;
         channels = p.teams * p.lanes * kChannels;
-        c0 = block % p.chunks * channels;
+        c0 = static_cast<int>(block % p.chunks) * channels;
         block /= p.chunks;
-        run = block % p.runs;
-        b = block / p.runs;
+        run = static_cast<int>(block % p.runs);
+        b = static_cast<int>(block / p.runs);
         const int team = threadIdx.x / p.team, thread = threadIdx.x % p.team;
         lane = thread % p.lanes;
         slot = (team * p.lanes + lane) * kChannels;
         c = c0 + slot;
         stride = p.team / p.lanes;
-        const int64_t each = stride * kDepth * p.steps, first = run * each;
+        const int each = stride * kDepth * p.steps, first = run * each;
         at = first + thread / p.lanes;
-        end = c < s.C ? min(first + each, kRows ? s.HW() : s.HW() / N) : 0;
+        last = static_cast<int>(kRows ? s.HW() : s.HW() / N) - 1;
+        end = c < s.C ? min(first + each, last + 1) : 0;
+        safe = min(c, static_cast<int>(s.C) - kChannels);
     }
 
-    // A map's vector number 0 in this sample and channel, and the distance between its vectors.
+    // This thread's kDepth vectors of a map. Beyond the end it reads others again: no load waits behind a branch.
     template <class T>
-    __device__ __forceinline__ T* origin(const Map<T>& map) const {
-        return map.at(b, c, 0);
-    }
-    template <class T>
-    __device__ __forceinline__ int64_t distance(const Map<T>& map) const {
-        return kRows ? map.pixel : N;
+    __device__ __forceinline__ void load_all(const Map<const T>& map, int from, Acc<T> (&to)[kDepth][N]) const {
+        const T* origin = map.at(b, safe, 0);
+        const int64_t distance = kRows ? map.pixel : N;
+#pragma unroll
+        for (int i = 0; i < kDepth; ++i) load_pieces(origin + min(from + i * stride, last) * distance, to[i]);
     }
 
-    // This thread's kDepth vectors of a map; zeros beyond the end.
-    template <class T>
-    __device__ __forceinline__ void load_all(const Map<const T>& map, int64_t from, Acc<T> (&to)[kDepth][N]) const {
-        const T* origin = this->origin(map) + from * distance(map);
-        const int64_t step = stride * distance(map);
+    // The same for `count` maps in turn, the next one under way while body(m, vectors) takes one.
+    template <class T, class Body>
+    __device__ __forceinline__ void each_map(const Map<const T>* maps, int count, int from, const Body& body) const {
+        using Word = typename WordOf<N * sizeof(T)>::type;
+        Word next[kDepth];
+        const auto fetch = [&](const Map<const T>& map) {
+            const T* origin = map.at(b, safe, 0);
+            const int64_t distance = kRows ? map.pixel : N;
 #pragma unroll
-        for (int i = 0; i < kDepth; ++i) {
-            if (from + i * stride < end) {
-                load_pieces(origin + i * step, to[i]);
-            } else {
-#pragma unroll
-                for (int e = 0; e < N; ++e) to[i][e] = 0;
+            for (int i = 0; i < kDepth; ++i) {
+                next[i] = *reinterpret_cast<const Word*>(origin + min(from + i * stride, last) * distance);
             }
+        };
+        if (count > 0) fetch(maps[0]);
+#pragma unroll 1
+        for (int m = 0; m < count; ++m) {
+            T now[kDepth][N];
+            memcpy(now, next, sizeof now);
+            fetch(maps[min(m + 1, count - 1)]);
+            Acc<T> values[kDepth][N];
+#pragma unroll
+            for (int i = 0; i < kDepth; ++i) {
+#pragma unroll
+                for (int e = 0; e < N; ++e) values[i][e] = widen(now[i][e]);
+            }
+            body(m, values);
         }
     }
 
     template <class T>
-    __device__ __forceinline__ void store_all(const Map<T>& map, int64_t from, const Acc<T> (&values)[kDepth][N]) const {
-        T* origin = this->origin(map) + from * distance(map);
-        const int64_t step = stride * distance(map);
+    __device__ __forceinline__ void store_all(const Map<T>& map, int from, const Acc<T> (&values)[kDepth][N]) const {
+        T* origin = map.at(b, c, 0);
+        const int64_t distance = kRows ? map.pixel : N;
 #pragma unroll
         for (int i = 0; i < kDepth; ++i) {
-            if (from + i * stride < end) store_pieces(origin + i * step, values[i]);
+            if (from + i * stride < end) store_pieces(origin + (from + i * stride) * distance, values[i]);
         }
     }
 

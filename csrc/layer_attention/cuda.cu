@@ -14,6 +14,8 @@ namespace {
 // Blocks enough for some ten waves on the largest GPUs, so that the last one weighs little.
 constexpr int64_t kBlocks = 4096;
 
+constexpr int64_t kMaxSteps = 64;
+
 unsigned blocks_of(int64_t blocks) {
     if (blocks > 0x7fffffff) throw std::runtime_error("layer_attention: the map is too large for one launch");
     return static_cast<unsigned>(blocks);
@@ -51,6 +53,7 @@ template <class T>
 Plan plan(const Shape& s, bool channels_last, bool vectors) {
     const int64_t N = vectors ? kVector<T> : 1, channels = channels_last ? N : 1;  // of a thread
     const int64_t units = channels_last ? s.HW() : s.HW() / N;
+    if (std::max(units, s.C) > (1 << 30)) throw std::runtime_error("layer_attention: the map is too large");
     Plan p = {};
     p.vectors = vectors;
     // 128 bytes of adjacent channels, or what is there; without vectors a warp's width.
@@ -60,10 +63,11 @@ Plan plan(const Shape& s, bool channels_last, bool vectors) {
     p.team = static_cast<int>(std::max<int64_t>(kWarp, std::min<int64_t>(kMaxThreads, wanted)));
     const int64_t sets = std::max<int64_t>(1, ceil_div(s.C, p.lanes * channels));
     p.teams = static_cast<int>(std::min<int64_t>(kMaxThreads / p.team, sets));
-    p.chunks = ceil_div(sets, p.teams);
+    p.chunks = static_cast<unsigned>(ceil_div(sets, p.teams));
     const int64_t steps = ceil_div(units, p.team / p.lanes * kDepth);
-    p.steps = static_cast<int>(std::min<int64_t>(std::max<int64_t>(1, steps * s.B * p.chunks / kBlocks), 64));
-    p.runs = ceil_div(steps, p.steps);
+    p.steps = static_cast<int>(std::min<int64_t>(std::max<int64_t>(1, steps * s.B * p.chunks / kBlocks), kMaxSteps));
+    p.runs = static_cast<unsigned>(ceil_div(steps, p.steps));
+    p.steps = static_cast<int>(ceil_div(steps, p.runs));  // evenly
     return p;
 }
 
@@ -73,7 +77,8 @@ void launch(const Forward<T>& a, const Plan& p, bool channels_last, CUstream_st*
     if (s.B * s.C == 0) return;
     on_place<T>(p, channels_last, [&](auto* type) {
         using P = std::remove_pointer_t<decltype(type)>;
-        dla::launch(forward<T, P>, dim3(blocks_of(s.B * p.blocks())), p.threads(),
+        const auto kernel = a.x ? forward<T, P, true> : forward<T, P, false>;
+        dla::launch(kernel, dim3(blocks_of(s.B * p.blocks())), p.threads(),
                     forward_shared(a, channels_of<T>(p, channels_last)), stream, a, p);
     });
     if (a.after || a.x || p.runs == 1) return;

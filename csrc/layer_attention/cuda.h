@@ -72,10 +72,10 @@ struct Backward {
 struct Plan {
     int lanes, team, teams, steps;
     bool vectors;
-    int64_t chunks, runs;  // blocks along C, and down the map
+    unsigned chunks, runs;  // blocks along C, and down the map
 
     DLA_HOST_DEVICE int threads() const { return team * teams; }
-    DLA_HOST_DEVICE int64_t blocks() const { return chunks * runs; }  // of a sample
+    DLA_HOST_DEVICE int64_t blocks() const { return int64_t(chunks) * runs; }  // of a sample
 };
 
 // Decided by shape and type, and by whether all maps can be read in vectors.

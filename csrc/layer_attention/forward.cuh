@@ -21,7 +21,8 @@ struct Gathered {
 
     __device__ __forceinline__ void add(const A (&o)[kDepth][P::N], int vectors) {
         if (vectors == 0) return;
-        const A values = A(vectors) * (P::kRows ? 1 : P::N), share = values / (count + values);
+        const A values = A(vectors) * (P::kRows ? 1 : P::N), each = reciprocal(values);
+        const A share = values * reciprocal(count + values);
         A total[P::kChannels] = {}, squares[P::kChannels] = {};
 #pragma unroll
         for (int i = 0; i < kDepth; ++i) {
@@ -29,7 +30,7 @@ struct Gathered {
             for (int e = 0; e < P::N; ++e) total[e % P::kChannels] += i < vectors ? o[i][e] : A(0);
         }
 #pragma unroll
-        for (int c = 0; c < P::kChannels; ++c) total[c] /= values;
+        for (int c = 0; c < P::kChannels; ++c) total[c] *= each;
 #pragma unroll
         for (int i = 0; i < kDepth; ++i) {
 #pragma unroll
@@ -71,7 +72,7 @@ __device__ void finish_moments(const Forward<T>& a, const Plan& plan, const P& p
         Moments<A> all = of[0];
         for (int w = 1; w < warps; ++w) all.merge(of[w * width]);
         if (plan.runs > 1) {
-            reinterpret_cast<Moments<A>*>(a.parts)[(p.b * plan.runs + p.run) * a.shape.C + c] = all;
+            reinterpret_cast<Moments<A>*>(a.parts)[(int64_t(p.b) * plan.runs + p.run) * a.shape.C + c] = all;
         } else {
             a.mean[p.b * a.shape.C + c] = all.mean;
             a.var[p.b * a.shape.C + c] = all.var();
@@ -79,8 +80,8 @@ __device__ void finish_moments(const Forward<T>& a, const Plan& plan, const P& p
     }
 }
 
-template <class T, class P>
-__global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 3)
+template <class T, class P, bool kFolded>
+__global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
     forward(const __grid_constant__ Forward<T> a, const __grid_constant__ Plan plan) {
     using A = Acc<T>;
     const P p(plan, a.shape);
@@ -88,28 +89,25 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 3)
     attend(a.attention, a.shape, p.b, p.c0, p.channels, a.range, weights + a.range.count * p.channels, weights);
 
     Gathered<A, P> found;
-    const int64_t width = p.stride * kDepth;
     for (int step = 0; step < plan.steps; ++step) {
-        const int64_t at = p.at + step * width;
+        const int at = p.at + step * p.stride * kDepth;
         if (at >= p.end) break;
         A o[kDepth][P::N] = {};
         if (a.before) p.template load_all<A>({a.before.data, a.before.batch, a.before.channel, a.before.pixel}, at, o);
-#pragma unroll 2
-        for (int m = 0; m < a.range.count; ++m) {
-            A value[kDepth][P::N], weight[P::kChannels];
-            p.load_all(a.values[m], at, value);
+        p.each_map(a.values, a.range.count, at, [&](int m, const A (&value)[kDepth][P::N]) {
+            A weight[P::kChannels];
             p.load_channels(weights + m * p.channels, weight);
 #pragma unroll
             for (int i = 0; i < kDepth; ++i) {
 #pragma unroll
                 for (int e = 0; e < P::N; ++e) o[i][e] += weight[e % P::kChannels] * value[i][e];
             }
-        }
+        });
         if (a.after) {
             p.store_all(a.after, at, o);
             continue;
         }
-        if (a.x) {
+        if constexpr (kFolded) {
             A x[kDepth][P::N];
             p.load_all(a.x, at, x);
 #pragma unroll
@@ -126,11 +124,11 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 3)
                 }
             }
         } else {
-            found.add(o, static_cast<int>(min(int64_t(kDepth), ceil_div(p.end - at, p.stride))));
+            found.add(o, min(kDepth, (p.end - at + p.stride - 1) / p.stride));
         }
         p.store_all(a.out, at, o);
     }
-    if (!a.after && !a.x) finish_moments(a, plan, p, found, shared_memory<Moments<A>>());
+    if (!kFolded && !a.after) finish_moments(a, plan, p, found, shared_memory<Moments<A>>());
 }
 
 // Merges the parts of a map, in order.

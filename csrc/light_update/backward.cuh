@@ -28,80 +28,70 @@ struct OutputGradient {
     __device__ __forceinline__ A at(A grad_out, A o) const { return of_grad * grad_out + (of_o * (o - mean) + offset); }
 };
 
-// What gathers in a thread: for each tap the sum of a map times the gradient of o shifted by it. A map that enters by
-// its centre alone has one.
-template <class A, int kLane, bool kCentre>
-struct Products {
-    static constexpr int kCount = kCentre ? 1 : 9;
-    A sums[kCount][kLane] = {};
+// A thread's map and its gradient: x, or what is carried.
+template <class T, int kLane>
+struct Side {
+    using A = Acc<T>;
+    Map<const T> map;
+    Map<T> grad;
+    A filter[9][kLane];
+    A products[9][kLane] = {};  // for each tap the sum of the map times o's gradient shifted by it
+    A offset[kLane] = {};       // of x: the gradient of out joins, and what GAP of out brings
 
-    // One row of o's gradient with its neighbouring columns, the one that tap row `dy` leads to. Adds to the map's
-    // gradient what reaches it from there.
-    __device__ __forceinline__ void add(int dy, const A (&grad)[kColumns + 2][kLane], const A (&map)[kColumns][kLane],
-                                        const A* filter, int step, A (&grad_map)[kColumns][kLane]) {
+    __device__ Side(const Backward<T>& a, const Place& p, int first, const A* attention)
+        : map(p.map ? a.carried : a.x), grad(p.map ? a.grad_carried : a.grad_x) {
+        const int64_t C = a.shape.C;
+#pragma unroll
+        for (int e = 0; e < kLane; ++e) {
+            const int64_t c = min(int64_t(first + e), C - 1);  // beyond the last one nothing is stored
+#pragma unroll
+            for (int k = 0; k < 9; ++k) {
+                filter[k][e] = p.map ? carried_filter(a.vectors, C, p.b, c, k)
+                                     : x_filter(a.vectors, c, k, p.c, attention);
+            }
+            if (!p.map && a.grad_out_mean) offset[e] = a.grad_out_mean[p.b * C + c] / A(a.shape.HW());
+        }
+    }
+
+    // One row of o's gradient with its neighbouring columns, the one that tap row `dy` leads to: adds to the products,
+    // and to the map's gradient.
+    __device__ __forceinline__ void add(int dy, const A (&grad_o)[kColumns + 2][kLane], const A (&values)[kColumns][kLane],
+                                        A (&grad_map)[kColumns][kLane]) {
 #pragma unroll
         for (int dx = 0; dx < 3; ++dx) {
-            if (kCentre && (dy != 1 || dx != 1)) continue;
-            A weight[kLane];
-            load<kLane>(filter + (3 * dy + dx) * step, weight);
 #pragma unroll
             for (int j = 0; j < kColumns; ++j) {
 #pragma unroll
                 for (int e = 0; e < kLane; ++e) {
-                    sums[kCentre ? 0 : 3 * dy + dx][e] += map[j][e] * grad[j + 2 - dx][e];
-                    grad_map[j][e] += weight[e] * grad[j + 2 - dx][e];
+                    products[3 * dy + dx][e] += values[j][e] * grad_o[j + 2 - dx][e];
+                    grad_map[j][e] += filter[3 * dy + dx][e] * grad_o[j + 2 - dx][e];
                 }
             }
         }
     }
 };
 
-// Fills [kProducts, channels] of shared memory with the folded filters; what is not there is zero.
-template <class T, class A = Acc<T>>
-__device__ void fill_filters(const Backward<T>& a, int64_t b, int64_t first, int channels, const A* attention,
-                             A* filters) {
-    for (int i = threadIdx.x; i < kProducts * channels; i += blockDim.x) {
-        const int t = i / channels;
-        const int64_t c = first + i % channels;
-        A filter = 0;
-        if (c < a.shape.C) {
-            if (t < 9) {
-                filter = x_filter(a.vectors, c, t, first, attention);
-            } else if (a.carried) {
-                filter = carried_filter(a.vectors, a.shape.C, b, c, t - 9);
-            }
-        }
-        filters[i] = filter;
-    }
-}
-
 // Adds up the products of the block's threads, member by member, and writes them to the block's part.
-template <int kLane, bool kCarried, bool kCentre, class T, class A = Acc<T>>
-__device__ void finish_products(const Backward<T>& a, const Tiling& t, const Place& p,
-                                const Products<A, kLane, false>& of_x, const Products<A, kLane, kCentre>& of_carried,
+template <int kLane, class T, class A = Acc<T>>
+__device__ void finish_products(const Backward<T>& a, const Tiling& t, const Place& p, const A (&products)[9][kLane],
                                 A* shared) {
-    const int channels = t.lanes * kLane;
+    const int channels = t.lanes * kLane, length = t.maps * 9 * channels;
     __syncthreads();
     if (p.active) {
-        A* to = shared + p.member * kProducts * channels + p.lane * kLane;
+        A* to = shared + p.member * length + p.map * 9 * channels + p.lane * kLane;
 #pragma unroll
-        for (int e = 0; e < kLane; ++e) {
+        for (int k = 0; k < 9; ++k) {
 #pragma unroll
-            for (int k = 0; k < 9; ++k) {
-                to[k * channels + e] = of_x.sums[k][e];
-                A carried = 0;
-                if (kCarried && (!kCentre || k == 4)) carried = of_carried.sums[kCentre ? 0 : k][e];
-                to[(9 + k) * channels + e] = carried;
-            }
+            for (int e = 0; e < kLane; ++e) to[k * channels + e] = products[k][e];
         }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < kProducts * channels; i += blockDim.x) {
+    for (int i = threadIdx.x; i < length; i += blockDim.x) {
         const int64_t c = p.c + i % channels;
         if (c >= a.shape.C) continue;
         A sum = 0;
-        for (int m = 0; m < t.members(); ++m) sum += shared[m * kProducts * channels + i];
-        a.parts[((p.b * t.parts() + p.part) * kProducts + i / channels) * a.shape.C + c] = sum;
+        for (int m = 0; m < t.members(); ++m) sum += shared[m * length + i];
+        a.parts[((int64_t(p.b) * t.parts() + p.part) * kProducts + i / channels) * a.shape.C + c] = sum;
     }
 }
 

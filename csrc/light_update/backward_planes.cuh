@@ -9,31 +9,29 @@ namespace dla::light_update {
 // Bytes of shared memory of a block with `maps` maps.
 template <class T>
 DLA_HOST_DEVICE inline int64_t backward_planes_shared(const Tiling& t, const Shape& s, int maps) {
-    return Slab<T>::size_of(t, s) * (maps * sizeof(T) + sizeof(Acc<T>)) + (kProducts + 1) * t.lanes * sizeof(Acc<T>);
+    return Slab<T>::size_of(t, s) * (maps * sizeof(T) + sizeof(Acc<T>)) + t.lanes * sizeof(Acc<T>);
 }
 
-template <class T, Carry kCarry>
+template <class T>
 __global__ void __launch_bounds__(kMaxThreads, 2)
     backward_planes(const __grid_constant__ Backward<T> a, const __grid_constant__ Tiling t, bool aligned) {
     using A = Acc<T>;
-    constexpr bool kCarried = kCarry != Carry::none, kCentre = kCarry == Carry::scaled;
     const Shape& s = a.shape;
     const Place p(t, s, t.lanes, false);
-    const int size = Slab<T>::size_of(t, s);
-    T* const maps = shared_memory<T>();
-    A* const grads = reinterpret_cast<A*>(maps + (3 + kCarried + bool(a.grad_o)) * size);
-    A* const filters = grads + size;
-    A* const attention = filters + kProducts * t.lanes;
-    const Slab<T> grad_out(t, s, p, a.grad_out, maps), o(t, s, p, a.o, maps + size), x(t, s, p, a.x, maps + 2 * size);
-    const Slab<T> carried(t, s, p, kCarried ? a.carried : a.x, maps + 3 * size);
-    const Slab<T> grad_o(t, s, p, a.grad_o ? a.grad_o : a.x, maps + (kCarried ? 4 : 3) * size);
+    const int size = Slab<T>::size_of(t, s), H = static_cast<int>(s.H), W = static_cast<int>(s.W);
+    T* const memory = shared_memory<T>();
+    const Slab<T> grad_out(t, s, p, a.grad_out, memory), o(t, s, p, a.o, memory + size);
+    const Slab<T> x(t, s, p, a.x, memory + 2 * size), carried(t, s, p, a.carried, memory + 3 * size);
+    const Slab<T> grad_o(t, s, p, a.grad_o, memory + (2 + t.maps) * size);
+    A* const grads = reinterpret_cast<A*>(memory + (2 + t.maps + (a.grad_o ? 1 : 0)) * size);
+    A* const attention = grads + size;
     grad_out.copy();
     o.copy();
     x.copy();
-    if constexpr (kCarried) carried.copy();
+    if (t.maps > 1) carried.copy();
     if (a.grad_o) grad_o.copy();
-    attend(a.vectors, s.C, p.b, p.c, min(int64_t(t.lanes), s.C - p.c), attention);
-    fill_filters(a, p.b, p.c, t.lanes, attention, filters);
+    attend(a.vectors, s.C, p.b, p.c, min(t.lanes, static_cast<int>(s.C) - p.c), attention);
+    Side<T, 1> side(a, p, p.c + p.lane, attention);
     await_copies<0>();
     __syncthreads();
 
@@ -50,44 +48,34 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     }
     __syncthreads();
 
-    const bool there = p.active && p.c + p.lane < s.C;
-    const int64_t c = min(p.c + p.lane, s.C - 1);
-    const int valid = there ? min(kColumns, p.columns - p.strip * kColumns) : 0;
-    const int64_t column = p.column + p.strip * kColumns;
-    const int64_t band = ceil_div(p.last - p.first, t.groups), first = p.first + p.group * band;
-    const int64_t last = min(p.last, first + band);
-    const A offset = a.grad_out_mean ? a.grad_out_mean[p.b * s.C + c] / A(s.HW()) : A(0);
-    Products<A, 1, false> of_x;
-    Products<A, 1, kCentre> of_carried;
-    for (int64_t row = first; valid > 0 && row < last; ++row) {
-        const T *from_x = x.at(p.lane, row) + column, *from_out = grad_out.at(p.lane, row) + column;
-        const T* from_carried = carried.at(p.lane, row) + column;
-        A at_x[kColumns][1] = {}, grad_x[kColumns][1] = {}, at_carried[kColumns][1] = {}, grad_carried[kColumns][1] = {};
+    const int valid = p.active && p.c + p.lane < s.C ? min(kColumns, p.columns - p.strip * kColumns) : 0;
+    const int column = p.column + p.strip * kColumns;
+    const int band = (p.last - p.first + t.groups - 1) / t.groups, first = p.first + p.group * band;
+    const int last = min(p.last, first + band);
+    for (int row = first; valid > 0 && row < last; ++row) {
+        const T* from_map = (p.map ? carried.at(p.lane, row) : x.at(p.lane, row)) + column;
+        const T* from_out = grad_out.at(p.lane, row) + column;
+        A values[kColumns][1] = {}, grad_map[kColumns][1] = {};
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
             if (j >= valid) break;
-            at_x[j][0] = widen(from_x[j]);
-            if constexpr (kCarried) at_carried[j][0] = widen(from_carried[j]);
-            grad_x[j][0] = widen(from_out[j]) + offset;
+            values[j][0] = widen(from_map[j]);
+            if (!p.map) grad_map[j][0] = widen(from_out[j]) + side.offset[0];
         }
 #pragma unroll
         for (int dy = 0; dy < 3; ++dy) {
-            const int64_t of = row + 1 - dy;
-            if (of < 0 || of >= s.H) continue;
-            const int run = o.whole ? p.lane : static_cast<int>(of - o.top);
+            const int of = row + 1 - dy;
+            if (of < 0 || of >= H) continue;
+            const int run = o.whole ? p.lane : of - static_cast<int>(o.top);
             const A* from = grads + run * o.pitch + (o.whole ? (of - o.top) * s.W : -o.left);
             A grad[kColumns + 2][1];
-            load_row(from, column, s.W, grad);
-            of_x.add(dy, grad, at_x, filters + p.lane, t.lanes, grad_x);
-            if constexpr (kCarried) {
-                of_carried.add(dy, grad, at_carried, filters + 9 * t.lanes + p.lane, t.lanes, grad_carried);
-            }
+            load_row(from, column, W, grad);
+            side.add(dy, grad, values, grad_map);
         }
-        const int64_t pixel = row * s.W + column;
-        if (a.grad_x) store_strip(a.grad_x.at(p.b, c, pixel), grad_x, valid, aligned);
-        if (kCarried && a.grad_carried) store_strip(a.grad_carried.at(p.b, c, pixel), grad_carried, valid, aligned);
+        if (!side.grad) continue;
+        store_strip(side.grad.at(p.b, p.c + p.lane, int64_t(row) * W + column), grad_map, valid, aligned);
     }
-    finish_products<1, kCarried, kCentre>(a, t, p, of_x, of_carried, shared_memory<A>());
+    finish_products(a, t, p, side.products, shared_memory<A>());
 }
 
 }  // namespace dla::light_update

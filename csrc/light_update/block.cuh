@@ -15,27 +15,31 @@ enum class Carry { none, scaled, filtered };
 // A thread's strip is four columns wide: each row is read six wide, and all that is in flight stays in registers.
 constexpr int kColumns = 4;
 constexpr int kMaxThreads = 256;
+// In channels_last two blocks share a multiprocessor's registers, 144 for each thread.
+constexpr int kRowThreads = 224;
 
 // Where a block stands in the map, and a thread in the block; kLane is the number of channels of a lane.
 struct Place {
-    int64_t b, c, column, first, last;  // the block's sample, first channel, first column, and rows [first, last)
-    int64_t part;                       // of the sample's map
-    int columns;                        // in the map
-    int lane, strip, group, member;
+    int b, c, column, first, last;  // the block's sample, first channel, first column, and rows [first, last)
+    int part;                       // of the sample's map
+    int columns;                    // in the map
+    int map, lane, strip, group, member;
     bool active;  // else the thread only fills up the last warp; it does as another one and stores nothing
 
     __device__ Place(const Tiling& t, const Shape& s, int channels, bool lanes_first) {
-        int64_t block = blockIdx.x;
+        int block = blockIdx.x;
         c = block % t.chunks * channels;
         block /= t.chunks;
         part = block % t.parts();
         b = block / t.parts();
         column = part % t.tiles * t.columns;
-        columns = static_cast<int>(min(static_cast<int64_t>(t.columns), s.W - column));
+        columns = min(t.columns, static_cast<int>(s.W) - column);
         first = part / t.tiles * t.rows;
-        last = min(s.H, first + t.rows);
-        active = static_cast<int>(threadIdx.x) < t.lanes * t.members();
-        const int thread = active ? threadIdx.x : 0;
+        last = min(static_cast<int>(s.H), first + t.rows);
+        const int of_map = t.lanes * t.members();
+        active = static_cast<int>(threadIdx.x) < of_map * t.maps;
+        map = active ? threadIdx.x / of_map : 0;
+        const int thread = active ? threadIdx.x % of_map : 0;
         lane = lanes_first ? thread % t.lanes : thread / t.members();
         member = lanes_first ? thread / t.lanes : thread % t.members();
         strip = member % t.strips;
@@ -127,10 +131,6 @@ struct Strip {
     }
 };
 
-// Close enough for a weight of Chan's formula: off by the last bit of float32.
-__device__ __forceinline__ float reciprocal(float v) { return __fdividef(1.0f, v); }
-__device__ __forceinline__ double reciprocal(double v) { return 1.0 / v; }
-
 // What a thread knows of its strip's values: mean and squared deviations by Chan's formula, a row of the strip at a
 // time; `folded` instead sums o and the output that it becomes.
 template <class A, int kLane, bool kFolded>
@@ -220,7 +220,7 @@ __device__ void finish_moments(const Forward<T>& a, const Tiling& t, const Place
         if (t.parts() == 1) {
             write_moments<kFolded>(a, p.b, c, all);
         } else {
-            reinterpret_cast<Moments<A>*>(a.parts)[(p.b * t.parts() + p.part) * a.shape.C + c] = all;
+            reinterpret_cast<Moments<A>*>(a.parts)[(int64_t(p.b) * t.parts() + p.part) * a.shape.C + c] = all;
         }
     }
 }

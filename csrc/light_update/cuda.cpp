@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor> cuda_light_update_forward(
     on_cuda_dtype(x, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
-        const auto tiling = light_update::tiling<T>(s, channels_last, false);
+        const auto tiling = light_update::tiling<T>(s, channels_last, 0);
         const Tensor parts = new_tensor(in.y, {tiling.parts() > 1 ? 3 * s.B * tiling.parts() * s.C : 0});
         light_update::Forward<T> args = {};
         args.shape = s;
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_light_update_folded(
     on_cuda_dtype(x, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
-        const auto tiling = light_update::tiling<T>(s, channels_last, false);
+        const auto tiling = light_update::tiling<T>(s, channels_last, 0);
         const Tensor parts = new_tensor(in.y, {tiling.parts() > 1 ? 3 * s.B * tiling.parts() * s.C : 0});
         const light_update::Forward<T> args{s,
                                             in.vectors<A>(head_dim),
@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     on_cuda_dtype(o, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
-        const auto tiling = light_update::tiling<T>(s, channels_last, true);
+        const auto tiling = light_update::tiling<T>(s, channels_last, carried ? 2 : 1);
         light_update::Backward<T> args = {};
         args.shape = s;
         args.vectors = in.vectors<A>(head_dim);

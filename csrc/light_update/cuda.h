@@ -56,21 +56,23 @@ struct Backward {
 };
 
 // How a block cuts a map. It holds `lanes` vectors of adjacent channels in channels_last, `lanes` planes in NCHW. Its
-// threads stand in `groups` bands of rows and in strips of kColumns columns.
+// threads stand in `groups` bands of rows and in strips of kColumns columns, once for each of the `maps`: in backward
+// some work for x and as many for carried.
 struct Tiling {
-    int lanes, strips, groups, rows, columns;
-    int64_t chunks, tiles, runs;  // blocks along C, W and H
-    int shared;                   // bytes
+    int lanes, strips, groups, maps, rows, columns;
+    int chunks, tiles, runs;  // blocks along C, W and H
+    int shared;               // bytes
 
     DLA_HOST_DEVICE int members() const { return strips * groups; }
-    DLA_HOST_DEVICE int threads() const { return static_cast<int>(round_up(lanes * members(), 32)); }
-    DLA_HOST_DEVICE int64_t parts() const { return tiles * runs; }
-    DLA_HOST_DEVICE int64_t blocks() const { return chunks * parts(); }  // of a sample
+    DLA_HOST_DEVICE int threads() const { return static_cast<int>(round_up(lanes * members() * maps, 32)); }
+    DLA_HOST_DEVICE int parts() const { return tiles * runs; }
+    DLA_HOST_DEVICE int64_t blocks() const { return int64_t(chunks) * parts(); }  // of a sample
 };
 
-// Decided by shape and type alone, so that sums always run in the same order.
+// Decided by shape and type alone, so that sums always run in the same order. `maps` are those that backward has
+// products of, 0 in forward.
 template <class T>
-Tiling tiling(const Shape& shape, bool channels_last, bool backward);
+Tiling tiling(const Shape& shape, bool channels_last, int maps);
 
 template <class T>
 void launch(const Forward<T>& args, const Tiling& tiling, bool channels_last, CUstream_st* stream);

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kSampleThreads)
     A *const of_query = of_attention + C, *const of_key = of_query + C;
     A* const shared = shared_memory<A>();
 
-    for (int64_t i = threadIdx.x; t.parts() > 1 && i < kProducts * C; i += blockDim.x) {
+    for (int64_t i = threadIdx.x; t.parts() > 1 && i < t.maps * 9 * C; i += blockDim.x) {
         A sum = 0;
         for (int64_t k = 0; k < t.parts(); ++k) sum += products[k * kProducts * C + i];
         products[i] = sum;

@@ -30,9 +30,9 @@ struct Slab {
 
     __device__ Slab(const Tiling& t, const Shape& s, const Place& p, const Map<const T>& map, T* shared)
         : plane(map.channel), row(s.W), shared(shared), pitch(pitch_of(t, s)), whole(t.tiles == 1) {
-        top = max(p.first - 1, int64_t(0));
-        left = max(p.column - 1, int64_t(0));
-        const int64_t bottom = min(p.last + 1, s.H), right = min(p.column + p.columns + 1, s.W);
+        top = max(p.first - 1, 0);
+        left = max(p.column - 1, 0);
+        const int64_t bottom = min(int64_t(p.last + 1), s.H), right = min(int64_t(p.column + p.columns + 1), s.W);
         base = map.at(p.b, p.c, top * s.W + left);
         length = static_cast<int>(whole ? (bottom - top) * s.W : right - left);
         runs = static_cast<int>(whole ? min(int64_t(t.lanes), s.C - p.c) : bottom - top);
@@ -68,10 +68,10 @@ struct Slab {
 
 // A strip's row with its neighbouring columns, zeros outside the map.
 template <class T>
-__device__ __forceinline__ void load_row(const T* row, int64_t column, int64_t W, Acc<T> (&to)[kColumns + 2][1]) {
+__device__ __forceinline__ void load_row(const T* row, int column, int W, Acc<T> (&to)[kColumns + 2][1]) {
 #pragma unroll
     for (int j = 0; j < kColumns + 2; ++j) {
-        const int64_t at = column + j - 1;
+        const int at = column + j - 1;
         to[j][0] = at >= 0 && at < W ? widen(row[at]) : Acc<T>(0);
     }
 }
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     if constexpr (kCarry != Carry::none) carried.copy();
 
     attend(a.vectors, s.C, p.b, p.c, min(int64_t(t.lanes), s.C - p.c), attention);
-    const int64_t c = min(p.c + p.lane, s.C - 1);
+    const int64_t c = min(int64_t(p.c + p.lane), s.C - 1);
     A filter_x[9][1], filter_carried[kCarry == Carry::filtered ? 9 : 1][1];
 #pragma unroll
     for (int k = 0; k < 9; ++k) {
@@ -123,20 +123,21 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     __syncthreads();
 
     const int valid = p.active && p.c + p.lane < s.C ? min(kColumns, p.columns - p.strip * kColumns) : 0;
-    const int64_t column = p.column + p.strip * kColumns;
-    const int64_t band = ceil_div(p.last - p.first, t.groups), first = p.first + p.group * band;
-    const int64_t last = min(p.last, first + band);
+    const int column = p.column + p.strip * kColumns;
+    const int band = (p.last - p.first + t.groups - 1) / t.groups, first = p.first + p.group * band;
+    const int last = min(p.last, first + band);
     const Fold<A, 1> fold(a, c);
+    const int W = static_cast<int>(s.W);
     Strip<A, 1> strip;
     Gathered<A, 1, kFolded> found;
-    for (int64_t row = max(first - 1, int64_t(0)); valid > 0 && first < last && row <= last; ++row) {
+    for (int row = max(first - 1, 0); valid > 0 && first < last && row <= last; ++row) {
         strip.advance();
         if (row < s.H) {
             A values[kColumns + 2][1];
-            load_row(x.at(p.lane, row), column, s.W, values);
+            load_row(x.at(p.lane, row), column, W, values);
             strip.add(filter_x, values);
             if constexpr (kCarry != Carry::none) {
-                load_row(carried.at(p.lane, row), column, s.W, values);
+                load_row(carried.at(p.lane, row), column, W, values);
                 if constexpr (kCarry == Carry::filtered) {
                     strip.add(filter_carried, values);
                 } else {

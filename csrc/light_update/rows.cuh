@@ -14,25 +14,25 @@ constexpr int kLaneOfRows = sizeof(T) == 8 ? 1 : 2;
 // Zeros stand outside the map and beyond its channels.
 template <class T>
 struct RowCopy {
-    int64_t b, c, W, column;  // of the block
+    int b, c, W, column;  // of the block
     int channels, columns, vector, from, step, left;  // left: channels of the vector in the map
     bool aligned;
 
     __device__ RowCopy(const Tiling& t, const Shape& s, const Place& p, bool aligned)
-        : b(p.b), c(p.c), W(s.W), column(p.column), channels(t.lanes * kLaneOfRows<T>), aligned(aligned) {
+        : b(p.b), c(p.c), W(static_cast<int>(s.W)), column(p.column), channels(t.lanes * kLaneOfRows<T>), aligned(aligned) {
         const int vectors = channels / kVector<T>;
         vector = static_cast<int>(threadIdx.x) % vectors * kVector<T>;
         from = static_cast<int>(threadIdx.x) / vectors;
-        step = t.lanes * t.strips / vectors;
+        step = t.lanes * t.strips * t.maps / vectors;
         columns = p.active ? t.columns + 2 : 0;
-        left = static_cast<int>(max(int64_t(0), min(int64_t(kVector<T>), s.C - c - vector)));
+        left = max(0, min(kVector<T>, static_cast<int>(s.C) - c - vector));
     }
 
-    __device__ __forceinline__ void operator()(const Map<const T>& map, int64_t row, T* slot) const {
+    __device__ __forceinline__ void operator()(const Map<const T>& map, int row, T* slot) const {
         for (int j = from; j < columns; j += step) {
-            const int64_t at = column + j - 1;
+            const int at = column + j - 1;
             const bool wanted = at >= 0 && at < W && left > 0;
-            const T* source = wanted ? map.at(b, c + vector, row * W + at) : map.data;
+            const T* source = wanted ? map.at(b, c + vector, int64_t(row) * W + at) : map.data;
             T* to = slot + j * channels + vector;
             if (aligned) {
                 copy_async(to, source, wanted);
@@ -54,7 +54,7 @@ __device__ __forceinline__ void load_row(const T* slot, int channels, Acc<T> (&t
 constexpr int kForwardSlots = 4;
 
 template <class T, Carry kCarry, bool kFolded>
-__global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2)
     forward_rows(const __grid_constant__ Forward<T> a, const __grid_constant__ Tiling t, bool aligned) {
     using A = Acc<T>;
     constexpr int kLane = kLaneOfRows<T>;
@@ -65,23 +65,24 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
     T* const ring_x = shared_memory<T>();
     T* const ring_carried = ring_x + kForwardSlots * slot;
     A* const attention = reinterpret_cast<A*>(ring_x + (kCarry == Carry::none ? 1 : 2) * kForwardSlots * slot);
-    const auto copy_row = [&](int64_t row) {
-        if (row <= min(p.last, s.H - 1)) {
+    const int H = static_cast<int>(s.H), C = static_cast<int>(s.C);
+    const auto copy_row = [&](int row) {
+        if (row <= min(p.last, H - 1)) {
             copy(a.x, row, ring_x + row % kForwardSlots * slot);
             if constexpr (kCarry != Carry::none) copy(a.carried, row, ring_carried + row % kForwardSlots * slot);
         }
         end_copies();
     };
-    const int64_t top = max(p.first - 1, int64_t(0));
+    const int top = max(p.first - 1, 0);
     copy_row(top);
     copy_row(top + 1);
 
-    attend(a.vectors, s.C, p.b, p.c, min(int64_t(channels), s.C - p.c), attention);
-    const int64_t c = p.c + p.lane * kLane;
+    attend(a.vectors, s.C, p.b, p.c, min(channels, C - p.c), attention);
+    const int c = p.c + p.lane * kLane;
     A filter_x[9][kLane], filter_carried[kCarry == Carry::filtered ? 9 : 1][kLane];
 #pragma unroll
     for (int e = 0; e < kLane; ++e) {
-        const int64_t channel = min(c + e, s.C - 1);  // beyond the last one nothing is stored
+        const int channel = min(c + e, C - 1);  // beyond the last one nothing is stored
 #pragma unroll
         for (int k = 0; k < 9; ++k) {
             filter_x[k][e] = x_filter(a.vectors, channel, k, p.c, attention);
@@ -93,14 +94,14 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
     }
 
     const int valid = p.active && c < s.C ? min(kColumns, p.columns - p.strip * kColumns) : 0;
-    const int at = p.strip * kColumns * channels + p.lane * kLane, room = static_cast<int>(min(s.C - c, int64_t(kLane)));
-    const int64_t column = p.column + p.strip * kColumns;
+    const int at = p.strip * kColumns * channels + p.lane * kLane, room = min(C - c, kLane);
+    const int column = p.column + p.strip * kColumns;
     const Fold<A, kLane> fold(a, c);
     Strip<A, kLane> strip;
     Gathered<A, kLane, kFolded> found;
-    for (int64_t row = top; row <= p.last; ++row) {
+    for (int row = top; row <= p.last; ++row) {
         strip.advance();
-        if (row < s.H) {
+        if (row < H) {
             await_copies<1>();
             __syncthreads();
             copy_row(row + 2);
