@@ -11,28 +11,32 @@ namespace dla::light_update {
 // of x takes up again a row later, two in use and two ahead; of all others one in use and two ahead.
 constexpr int kGradientSlots = 4, kGradOutSlots = 4, kBackwardSlots = 3;
 
+// Channels of a block: 64 bytes of every pixel, two whole sectors.
+template <class T>
+constexpr int kBackwardChannels = 64 / sizeof(T);
+
 // Bytes of shared memory while a block walks; `others` are the maps besides grad_out.
 template <class T>
-DLA_HOST_DEVICE inline int64_t backward_rows_shared(int64_t channels, int64_t columns, int others) {
-    const int64_t slot = (columns + 2) * channels;
+DLA_HOST_DEVICE inline int64_t backward_rows_shared(int64_t columns, int others) {
+    const int64_t slot = (columns + 2) * kBackwardChannels<T>;
     return slot * (kGradientSlots * sizeof(Acc<T>) + (kGradOutSlots + kBackwardSlots * others) * sizeof(T)) +
-           4 * channels * sizeof(Acc<T>);
+           4 * kBackwardChannels<T> * sizeof(Acc<T>);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2)
     backward_rows(const __grid_constant__ Backward<T> a, const __grid_constant__ Tiling t, bool aligned) {
     using A = Acc<T>;
-    constexpr int kLane = kLaneOfRows<T>;
-    const int channels = t.lanes * kLane, slot = (t.columns + 2) * channels;
+    constexpr int kLane = kLaneOfRows<T>, kPitch = kBackwardChannels<T>;
+    const int channels = t.lanes * kLane, slot = (t.columns + 2) * kPitch;
     const Shape& s = a.shape;
     const int H = static_cast<int>(s.H), W = static_cast<int>(s.W), C = static_cast<int>(s.C);
     const Place p(t, s, channels, true);
-    const RowCopy<T> copy(t, s, p, aligned);
+    const RowCopy<T, kPitch> copy(t, s, p, aligned);
 
     A* const ring = shared_memory<A>();
-    A* const lines = ring + kGradientSlots * slot;  // [4, channels]
-    T* const ring_out = reinterpret_cast<T*>(lines + 4 * channels);
+    A* const lines = ring + kGradientSlots * slot;  // [4, kPitch]
+    T* const ring_out = reinterpret_cast<T*>(lines + 4 * kPitch);
     T* const ring_o = ring_out + kGradOutSlots * slot;
     T* const ring_x = ring_o + kBackwardSlots * slot;
     T* const ring_carried = ring_x + kBackwardSlots * slot;
@@ -42,13 +46,13 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2)
     const auto copy_rows = [&](int k) {
         const int row = p.first - 1 + k;
         if (row >= 0 && row < H && row <= p.last) {
-            copy(a.grad_out, row, ring_out + k % kGradOutSlots * slot);
-            copy(a.o, row, ring_o + k % kBackwardSlots * slot);
-            if (a.grad_o) copy(a.grad_o, row, ring_grad_o + k % kBackwardSlots * slot);
+            copy(a.grad_out, row, true, ring_out + k % kGradOutSlots * slot);
+            copy(a.o, row, true, ring_o + k % kBackwardSlots * slot);
+            if (a.grad_o) copy(a.grad_o, row, true, ring_grad_o + k % kBackwardSlots * slot);
         }
         if (k > 1 && row <= p.last) {
-            copy(a.x, row - 1, ring_x + k % kBackwardSlots * slot);
-            if (t.maps > 1) copy(a.carried, row - 1, ring_carried + k % kBackwardSlots * slot);
+            copy(a.x, row - 1, true, ring_x + k % kBackwardSlots * slot);
+            if (t.maps > 1) copy(a.carried, row - 1, true, ring_carried + k % kBackwardSlots * slot);
         }
         end_copies();
     };
@@ -62,9 +66,9 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2)
     for (int i = threadIdx.x; i < channels; i += blockDim.x) {
         const OutputGradient<A> line(a, p.b, min(p.c + i, C - 1));
         lines[i] = line.of_grad;
-        lines[channels + i] = line.of_o;
-        lines[2 * channels + i] = line.mean;
-        lines[3 * channels + i] = line.offset;
+        lines[kPitch + i] = line.of_o;
+        lines[2 * kPitch + i] = line.mean;
+        lines[3 * kPitch + i] = line.offset;
     }
     __syncthreads();
 
@@ -72,23 +76,22 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2)
     const auto take_row = [&](int k) {
         const int row = p.first - 1 + k;
         A* const to = ring + k % kGradientSlots * slot;
-        const bool in_map = row >= 0 && row < H;
-        for (int j = copy.from; j < copy.columns; j += copy.step) {
-            const int at = p.column + j - 1;
-            const bool inside = in_map && at >= 0 && at < W;
-            const int from = j * channels + copy.vector;
+        const unsigned mask = row >= 0 && row < H ? copy.wanted : 0;
+        const int vector = copy.c - p.c;
+        for (int i = 0; i < copy.items; ++i) {
+            const int from = copy.at + i * copy.step * kPitch;
 #pragma unroll
             for (int half = 0; half < kVector<T>; half += kVector<A>) {
                 A grad[kVector<A>] = {};
-                if (inside) {
-                    const A* line = lines + copy.vector + half;
+                if (mask >> i & 1) {
+                    const A* line = lines + vector + half;
                     A o[kVector<A>], factor[kVector<A>], more[kVector<A>];
                     load<kVector<A>>(ring_o + k % kBackwardSlots * slot + from + half, o);
-                    load<kVector<A>>(line + 2 * channels, factor);
+                    load<kVector<A>>(line + 2 * kPitch, factor);
 #pragma unroll
                     for (int e = 0; e < kVector<A>; ++e) o[e] -= factor[e];
-                    load<kVector<A>>(line + channels, factor);
-                    load<kVector<A>>(line + 3 * channels, more);
+                    load<kVector<A>>(line + kPitch, factor);
+                    load<kVector<A>>(line + 3 * kPitch, more);
 #pragma unroll
                     for (int e = 0; e < kVector<A>; ++e) o[e] = factor[e] * o[e] + more[e];
                     load<kVector<A>>(ring_out + k % kGradOutSlots * slot + from + half, grad);
@@ -107,7 +110,7 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2)
     };
 
     const int valid = p.active && c < C ? min(kColumns, p.columns - p.strip * kColumns) : 0, room = min(C - c, kLane);
-    const int at = p.strip * kColumns * channels + p.lane * kLane;
+    const int at = p.strip * kColumns * kPitch + p.lane * kLane;
     const T* const ring_map = p.map ? ring_carried : ring_x;
     const int steps = p.last - p.first + 2;
     for (int k = 0; k < steps; ++k) {
@@ -119,7 +122,7 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2)
         A values[kColumns][kLane], grad_map[kColumns][kLane] = {};
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
-            const int from = at + (j + 1) * channels;
+            const int from = at + (j + 1) * kPitch;
             load<kLane>(ring_map + k % kBackwardSlots * slot + from, values[j]);
             if (p.map) continue;
             load<kLane>(ring_out + (k - 1) % kGradOutSlots * slot + from, grad_map[j]);
@@ -129,12 +132,12 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2)
 #pragma unroll
         for (int dy = 0; dy < 3; ++dy) {
             A grad_o[kColumns + 2][kLane];
-            load_row(ring + (k - dy) % kGradientSlots * slot + at, channels, grad_o);
+            load_row<kPitch>(ring + (k - dy) % kGradientSlots * slot + at, grad_o);
             side.add(dy, grad_o, values, grad_map);
         }
         if (!side.grad) continue;
-        const int64_t pixel = int64_t(p.first + k - 2) * W + p.column + p.strip * kColumns;
-        store_row<kLane>(side.grad.at(p.b, c, pixel), side.grad.pixel, grad_map, valid, room, aligned);
+        const int pixel = (p.first + k - 2) * W + p.column + p.strip * kColumns;
+        store_row(side.grad, p.b, c, pixel, grad_map, valid, room, aligned);
     }
     finish_products(a, t, p, side.products, shared_memory<A>());
 }

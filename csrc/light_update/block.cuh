@@ -136,29 +136,32 @@ struct Strip {
 template <class A, int kLane, bool kFolded>
 struct Gathered {
     A first[kLane] = {}, second[kLane] = {};
-    int rows = 0;
+    int valid, rows = 0;  // columns in the map, rows so far
+    A per_column;
 
-    __device__ __forceinline__ void add(const A (&o)[kColumns][kLane], int valid) {
+    __device__ explicit Gathered(int valid) : valid(valid), per_column(reciprocal(A(max(valid, 1)))) {}
+
+    __device__ __forceinline__ void add(const A (&o)[kColumns][kLane]) {
         if (valid <= 0) return;
-        const A per_value = reciprocal(A(valid)), share = reciprocal(A(rows + 1));
-        const A between = A(valid) * A(rows) * share;
+        const A share = reciprocal(A(rows + 1)), between = A(valid) * A(rows) * share;
+        ++rows;
 #pragma unroll
         for (int e = 0; e < kLane; ++e) {
-            A total = 0, squares = 0;
+            A total = o[0][e];
 #pragma unroll
-            for (int j = 0; j < kColumns; ++j) {
+            for (int j = 1; j < kColumns; ++j) {
                 if (j < valid) total += o[j][e];
             }
-            const A mean = total * per_value, apart = mean - first[e];
+            const A mean = total * per_column, apart = mean - first[e];
+            A squares = (o[0][e] - mean) * (o[0][e] - mean);
 #pragma unroll
-            for (int j = 0; j < kColumns; ++j) {
+            for (int j = 1; j < kColumns; ++j) {
                 const A centred = o[j][e] - mean;
                 if (j < valid) squares += centred * centred;
             }
             first[e] += apart * share;
             second[e] += squares + apart * apart * between;
         }
-        ++rows;
     }
 
     __device__ __forceinline__ void add_pair(int e, A o, A out) {
@@ -166,7 +169,7 @@ struct Gathered {
         second[e] += out;
     }
 
-    __device__ __forceinline__ Moments<A> moments(int e, int valid) const {
+    __device__ __forceinline__ Moments<A> moments(int e) const {
         if constexpr (kFolded) return {A(0), first[e], second[e]};
         return {A(rows) * A(max(valid, 0)), first[e], second[e]};
     }
@@ -193,14 +196,14 @@ __device__ __forceinline__ void write_moments(const Forward<T>& a, int64_t b, in
 // Joins what the block's threads found and writes it: the result where the block has seen all of the map, else a part.
 template <bool kFolded, int kLane, class T, class A = Acc<T>>
 __device__ void finish_moments(const Forward<T>& a, const Tiling& t, const Place& p,
-                               const Gathered<A, kLane, kFolded>& found, int valid, Moments<A>* shared) {
+                               const Gathered<A, kLane, kFolded>& found, Moments<A>* shared) {
     constexpr int kSegments = 8;  // joined side by side, then one after another
     const int channels = t.lanes * kLane, members = t.members();
     __syncthreads();
     if (p.active) {
 #pragma unroll
         for (int e = 0; e < kLane; ++e) {
-            shared[p.member * channels + p.lane * kLane + e] = found.moments(e, valid);
+            shared[p.member * channels + p.lane * kLane + e] = found.moments(e);
         }
     }
     __syncthreads();
@@ -252,23 +255,5 @@ struct Fold {
         }
     }
 };
-
-// Stores a row of a strip; `step` is the distance between its columns.
-template <int kLane, class T>
-__device__ __forceinline__ void store_row(T* to, int64_t step, const Acc<T> (&values)[kColumns][kLane], int columns,
-                                          int channels, bool vectors) {
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-        if (j >= columns) return;
-        if (vectors) {
-            store<kLane>(to + j * step, values[j]);
-        } else {
-#pragma unroll
-            for (int e = 0; e < kLane; ++e) {
-                if (e < channels) to[j * step + e] = narrow<T>(values[j][e]);
-            }
-        }
-    }
-}
 
 }  // namespace dla::light_update

@@ -32,7 +32,6 @@ int count(int64_t n) {
 template <class T>
 Tiling cut_rows(const Shape& s, int maps) {
     constexpr int kLane = kLaneOfRows<T>, kLeast = kVector<T> / kLane;
-    const int bytes = maps ? 64 : 128;  // of a pixel: whole sectors; backward has more to hold
     Tiling t = {};
     t.maps = std::max(1, maps);
     t.tiles = count(ceil_div(s.W, kRowColumns));
@@ -40,23 +39,18 @@ Tiling cut_rows(const Shape& s, int maps) {
     t.columns = t.strips * kColumns;
     t.tiles = count(ceil_div(s.W, t.columns));
     t.groups = 1;
-    const auto shared = [&](int64_t lanes) {
-        const int64_t channels = lanes * kLane, slot = (t.columns + 2) * channels;
-        return maps ? backward_rows_shared<T>(channels, t.columns, 2 + maps)
-                        : 2 * kForwardSlots * slot * int64_t(sizeof(T)) + channels * int64_t(sizeof(Acc<T>));
-    };
-    t.lanes = bytes / static_cast<int>(sizeof(T)) / kLane;
-    while (t.lanes < ceil_div(s.C, kLane) && 2 * t.lanes * t.strips * t.maps <= kRowThreads && shared(2 * t.lanes) <= kMaxShared) {
-        t.lanes *= 2;
-    }
+    t.lanes = (maps ? kBackwardChannels<T> : kForwardChannels<T>) / kLane;
     while (t.lanes / 2 >= std::max<int64_t>(kLeast, ceil_div(s.C, kLane))) t.lanes /= 2;
     t.chunks = count(ceil_div(s.C, t.lanes * kLane));
     const int64_t blocks = std::max<int64_t>(1, s.B * t.chunks * t.tiles), most = ceil_div(s.H, 8);
     const int64_t rows = ceil_div(s.H, std::min(most, ceil_div(kBlocks, blocks)));
     t.rows = static_cast<int>(std::min<int64_t>(rows, 1 << 20));
     t.runs = count(ceil_div(s.H, t.rows));
+    const int64_t slot = (t.columns + 2) * kForwardChannels<T> * int64_t(sizeof(T));
+    const int64_t walk = maps ? backward_rows_shared<T>(t.columns, 2 + maps)
+                              : 2 * kForwardSlots * slot + kForwardChannels<T> * int64_t(sizeof(Acc<T>));
     const int64_t finish = t.strips * int64_t(maps ? maps * 9 * sizeof(Acc<T>) : sizeof(Moments<Acc<T>>));
-    t.shared = static_cast<int>(std::max(shared(t.lanes), finish * t.lanes * kLane));
+    t.shared = static_cast<int>(std::max(walk, finish * t.lanes * kLane));
     return t;
 }
 
@@ -102,6 +96,14 @@ void on_carry(const Args& a, const Body& body) {
     body(std::integral_constant<Carry, Carry::filtered>{});
 }
 
+// Channels_last kernels count elements of a sample in 32 bits; samples themselves may lie any distance apart.
+template <class... Maps>
+void check_samples(const Shape& s, const Maps&... maps) {
+    if (((maps && (s.HW() + s.W) * maps.pixel > (int64_t(1) << 31) - 1) || ...)) {
+        throw std::runtime_error("light_update: a sample's map is too large");
+    }
+}
+
 // Whether maps can be accessed in vectors: of channels in channels_last, of a strip's columns in NCHW, where reading
 // finds its own way.
 template <class... Maps>
@@ -126,6 +128,7 @@ template <class T>
 void launch(const Forward<T>& a, const Tiling& t, bool channels_last, CUstream_st* stream) {
     const Shape& s = a.shape;
     if (s.B * s.C == 0) return;
+    if (channels_last) check_samples(s, a.x, a.carried, a.o, a.out);
     const dim3 grid(count(s.B * t.blocks()));
     const bool aligned = fit(channels_last, s, a.o, a.out) && (!channels_last || fit(true, s, a.x, a.carried));
     on_carry(a, [&](auto carry) {
@@ -146,6 +149,7 @@ template <class T>
 void launch(const Backward<T>& a, const Tiling& t, bool channels_last, CUstream_st* stream) {
     using A = Acc<T>;
     const Shape& s = a.shape;
+    if (channels_last) check_samples(s, a.grad_out, a.grad_o, a.o, a.x, a.carried, a.grad_x, a.grad_carried);
     const bool aligned = fit(channels_last, s, a.grad_x, a.grad_carried) &&
                          (!channels_last || fit(true, s, a.x, a.carried, a.o, a.grad_out, a.grad_o));
     if (s.B * s.C > 0) {

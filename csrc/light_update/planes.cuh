@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     const Fold<A, 1> fold(a, c);
     const int W = static_cast<int>(s.W);
     Strip<A, 1> strip;
-    Gathered<A, 1, kFolded> found;
+    Gathered<A, 1, kFolded> found(valid);
     for (int row = max(first - 1, 0); valid > 0 && first < last && row <= last; ++row) {
         strip.advance();
         if (row < s.H) {
@@ -159,10 +159,10 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
             }
             store_strip(a.out.at(p.b, c, pixel), strip.done, valid, aligned);
         } else {
-            found.add(strip.done, valid);
+            found.add(strip.done);
         }
     }
-    finish_moments<kFolded>(a, t, p, found, valid, shared_memory<Moments<A>>());
+    finish_moments<kFolded>(a, t, p, found, shared_memory<Moments<A>>());
 }
 
 }  // namespace dla::light_update

@@ -10,46 +10,84 @@ namespace dla::light_update {
 template <class T>
 constexpr int kLaneOfRows = sizeof(T) == 8 ? 1 : 2;
 
-// Copies a thread's share of one row and of its neighbouring columns into a slot of the ring, [columns + 2, channels].
-// Zeros stand outside the map and beyond its channels.
-template <class T>
+// Copies a thread's share of one row and of its neighbouring columns into a slot of a ring, [columns + 2, kPitch].
+// Zeros stand outside the map and beyond its channels. Offsets within a sample fit in 32 bits: the launch has seen to it.
+template <class T, int kPitch>
 struct RowCopy {
-    int b, c, W, column;  // of the block
-    int channels, columns, vector, from, step, left;  // left: channels of the vector in the map
+    int b, c, W, pixel, at, step;  // `pixel` of a row is the first to copy, to element `at` of the slot
+    int items, left;               // pixels to copy, `step` apart; channels of the vector that are in the map
+    unsigned wanted;               // a bit for each item, whether its column is in the map
     bool aligned;
 
     __device__ RowCopy(const Tiling& t, const Shape& s, const Place& p, bool aligned)
-        : b(p.b), c(p.c), W(static_cast<int>(s.W)), column(p.column), channels(t.lanes * kLaneOfRows<T>), aligned(aligned) {
-        const int vectors = channels / kVector<T>;
-        vector = static_cast<int>(threadIdx.x) % vectors * kVector<T>;
-        from = static_cast<int>(threadIdx.x) / vectors;
+        : b(p.b), W(static_cast<int>(s.W)), aligned(aligned) {
+        const int vectors = t.lanes * kLaneOfRows<T> / kVector<T>, thread = threadIdx.x;
+        const int vector = thread % vectors * kVector<T>, from = thread / vectors;
+        c = p.c + vector;
+        pixel = p.column + from - 1;
+        at = from * kPitch + vector;
         step = t.lanes * t.strips * t.maps / vectors;
-        columns = p.active ? t.columns + 2 : 0;
-        left = max(0, min(kVector<T>, static_cast<int>(s.C) - c - vector));
+        items = p.active && from < t.columns + 2 ? (t.columns + 1 - from) / step + 1 : 0;
+        left = min(kVector<T>, static_cast<int>(s.C) - c);
+        wanted = 0;
+        for (int i = 0; i < items; ++i) {
+            const int column = pixel + i * step;
+            wanted |= static_cast<unsigned>(column >= 0 && column < W && left > 0) << i;
+        }
     }
 
-    __device__ __forceinline__ void operator()(const Map<const T>& map, int row, T* slot) const {
-        for (int j = from; j < columns; j += step) {
-            const int at = column + j - 1;
-            const bool wanted = at >= 0 && at < W && left > 0;
-            const T* source = wanted ? map.at(b, c + vector, int64_t(row) * W + at) : map.data;
-            T* to = slot + j * channels + vector;
-            if (aligned) {
-                copy_async(to, source, wanted);
-            } else {
-                for (int e = 0; e < kVector<T>; ++e) to[e] = wanted && e < left ? source[e] : narrow<T>(0);
+    __device__ __forceinline__ void operator()(const Map<const T>& map, int row, bool in_map, T* slot) const {
+        const int distance = static_cast<int>(map.pixel), apart = step * distance;
+        const T* from = map.at(b, c, 0) + (row * W + pixel) * distance;
+        const unsigned mask = in_map ? wanted : 0;
+        T* to = slot + at;
+        if (aligned) {
+            for (int i = 0; i < items; ++i) {
+                copy_async(to + i * step * kPitch, from + i * apart, mask >> i & 1);
+            }
+        } else {
+            for (int i = 0; i < items; ++i) {
+                for (int e = 0; e < kVector<T>; ++e) {
+                    to[i * step * kPitch + e] = (mask >> i & 1) && e < left ? from[i * apart + e] : narrow<T>(0);
+                }
             }
         }
     }
 };
 
 // A strip's row with its neighbouring columns, out of a slot.
-template <int kLane, class T>
-__device__ __forceinline__ void load_row(const T* slot, int channels, Acc<T> (&to)[kColumns + 2][kLane]) {
+template <int kPitch, int kLane, class T>
+__device__ __forceinline__ void load_row(const T* slot, Acc<T> (&to)[kColumns + 2][kLane]) {
 #pragma unroll
-    for (int j = 0; j < kColumns + 2; ++j) load<kLane>(slot + j * channels, to[j]);
+    for (int j = 0; j < kColumns + 2; ++j) load<kLane>(slot + j * kPitch, to[j]);
 }
 
+// Stores a strip's row, from `pixel` of the map on.
+template <int kLane, class T>
+__device__ __forceinline__ void store_row(const Map<T>& map, int b, int c, int pixel,
+                                          const Acc<T> (&values)[kColumns][kLane], int columns, int channels,
+                                          bool aligned) {
+    const int distance = static_cast<int>(map.pixel);
+    T* to = map.at(b, c, 0) + pixel * distance;
+    if (aligned) {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+            if (j < columns) store<kLane>(to + j * distance, values[j]);
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+            for (int e = 0; e < kLane; ++e) {
+                if (j < columns && e < channels) to[j * distance + e] = narrow<T>(values[j][e]);
+            }
+        }
+    }
+}
+
+// Channels of a block: 128 bytes of every pixel.
+template <class T>
+constexpr int kForwardChannels = 128 / sizeof(T);
 // Rows of the ring: two ahead, the one at hand and the one above it.
 constexpr int kForwardSlots = 4;
 
@@ -57,19 +95,19 @@ template <class T, Carry kCarry, bool kFolded>
 __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2)
     forward_rows(const __grid_constant__ Forward<T> a, const __grid_constant__ Tiling t, bool aligned) {
     using A = Acc<T>;
-    constexpr int kLane = kLaneOfRows<T>;
-    const int channels = t.lanes * kLane, slot = (t.columns + 2) * channels;
+    constexpr int kLane = kLaneOfRows<T>, kPitch = kForwardChannels<T>;
+    const int channels = t.lanes * kLane, slot = (t.columns + 2) * kPitch;
     const Shape& s = a.shape;
+    const int H = static_cast<int>(s.H), W = static_cast<int>(s.W), C = static_cast<int>(s.C);
     const Place p(t, s, channels, true);
-    const RowCopy<T> copy(t, s, p, aligned);
+    const RowCopy<T, kPitch> copy(t, s, p, aligned);
     T* const ring_x = shared_memory<T>();
     T* const ring_carried = ring_x + kForwardSlots * slot;
     A* const attention = reinterpret_cast<A*>(ring_x + (kCarry == Carry::none ? 1 : 2) * kForwardSlots * slot);
-    const int H = static_cast<int>(s.H), C = static_cast<int>(s.C);
     const auto copy_row = [&](int row) {
-        if (row <= min(p.last, H - 1)) {
-            copy(a.x, row, ring_x + row % kForwardSlots * slot);
-            if constexpr (kCarry != Carry::none) copy(a.carried, row, ring_carried + row % kForwardSlots * slot);
+        if (row <= p.last) {  // which is below the map where the block's rows are its last
+            copy(a.x, row, row < H, ring_x + row % kForwardSlots * slot);
+            if constexpr (kCarry != Carry::none) copy(a.carried, row, row < H, ring_carried + row % kForwardSlots * slot);
         }
         end_copies();
     };
@@ -93,39 +131,36 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2)
         if constexpr (kCarry == Carry::scaled) filter_carried[0][e] = carried_filter(a.vectors, s.C, p.b, channel, 4);
     }
 
-    const int valid = p.active && c < s.C ? min(kColumns, p.columns - p.strip * kColumns) : 0;
-    const int at = p.strip * kColumns * channels + p.lane * kLane, room = min(C - c, kLane);
-    const int column = p.column + p.strip * kColumns;
+    const int valid = p.active && c < C ? min(kColumns, p.columns - p.strip * kColumns) : 0, room = min(C - c, kLane);
+    const int at = p.strip * kColumns * kPitch + p.lane * kLane, column = p.column + p.strip * kColumns;
     const Fold<A, kLane> fold(a, c);
     Strip<A, kLane> strip;
-    Gathered<A, kLane, kFolded> found;
+    Gathered<A, kLane, kFolded> found(valid);
     for (int row = top; row <= p.last; ++row) {
+        await_copies<1>();
+        __syncthreads();
+        copy_row(row + 2);
         strip.advance();
-        if (row < H) {
-            await_copies<1>();
-            __syncthreads();
-            copy_row(row + 2);
-            A values[kColumns + 2][kLane];
-            load_row(ring_x + row % kForwardSlots * slot + at, channels, values);
-            strip.add(filter_x, values);
-            if constexpr (kCarry != Carry::none) {
-                load_row(ring_carried + row % kForwardSlots * slot + at, channels, values);
-                if constexpr (kCarry == Carry::filtered) {
-                    strip.add(filter_carried, values);
-                } else {
-                    strip.add_centre(filter_carried[0], values);
-                }
+        A values[kColumns + 2][kLane];
+        load_row<kPitch>(ring_x + row % kForwardSlots * slot + at, values);
+        strip.add(filter_x, values);
+        if constexpr (kCarry != Carry::none) {
+            load_row<kPitch>(ring_carried + row % kForwardSlots * slot + at, values);
+            if constexpr (kCarry == Carry::filtered) {
+                strip.add(filter_carried, values);
+            } else {
+                strip.add_centre(filter_carried[0], values);
             }
         }
         if (row <= p.first) continue;
-        const int64_t pixel = (row - 1) * s.W + column;
-        if (!kFolded || a.o) store_row<kLane>(a.o.at(p.b, c, pixel), a.o.pixel, strip.done, valid, room, aligned);
+        const int pixel = (row - 1) * W + column;
+        if (!kFolded || a.o) store_row(a.o, p.b, c, pixel, strip.done, valid, room, aligned);
         if constexpr (kFolded) {
-            const T* from = ring_x + (row - 1) % kForwardSlots * slot + channels + at;
+            const T* from = ring_x + (row - 1) % kForwardSlots * slot + kPitch + at;
 #pragma unroll
             for (int j = 0; j < kColumns; ++j) {
                 A x[kLane];
-                load<kLane>(from + j * channels, x);
+                load<kLane>(from + j * kPitch, x);
 #pragma unroll
                 for (int e = 0; e < kLane; ++e) {
                     const A o = strip.done[j][e];
@@ -133,12 +168,12 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2)
                     if (j < valid) found.add_pair(e, o, strip.done[j][e]);
                 }
             }
-            store_row<kLane>(a.out.at(p.b, c, pixel), a.out.pixel, strip.done, valid, room, aligned);
+            store_row(a.out, p.b, c, pixel, strip.done, valid, room, aligned);
         } else {
-            found.add(strip.done, valid);
+            found.add(strip.done);
         }
     }
-    finish_moments<kFolded>(a, t, p, found, valid, shared_memory<Moments<A>>());
+    finish_moments<kFolded>(a, t, p, found, shared_memory<Moments<A>>());
 }
 
 }  // namespace dla::light_update
