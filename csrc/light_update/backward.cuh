@@ -28,18 +28,15 @@ struct OutputGradient {
     __device__ __forceinline__ A at(A grad_out, A o) const { return of_grad * grad_out + (of_o * (o - mean) + offset); }
 };
 
-// A thread's map and its gradient: x, or what is carried.
-template <class T, int kLane>
+// A thread's share in x or in what is carried.
+template <class A, int kLane>
 struct Side {
-    using A = Acc<T>;
-    Map<const T> map;
-    Map<T> grad;
     A filter[9][kLane];
     A products[9][kLane] = {};  // for each tap the sum of the map times o's gradient shifted by it
-    A offset[kLane] = {};       // of x: the gradient of out joins, and what GAP of out brings
+    A offset[kLane] = {};       // to the gradient of x, to which that of out belongs, what GAP of out brings
 
-    __device__ Side(const Backward<T>& a, const Place& p, int first, const A* attention)
-        : map(p.map ? a.carried : a.x), grad(p.map ? a.grad_carried : a.grad_x) {
+    template <class T>
+    __device__ Side(const Backward<T>& a, const Place& p, int first, const A* attention) {
         const int64_t C = a.shape.C;
 #pragma unroll
         for (int e = 0; e < kLane; ++e) {
@@ -55,12 +52,13 @@ struct Side {
 
     // One row of o's gradient with its neighbouring columns, the one that tap row `dy` leads to: adds to the products,
     // and to the map's gradient.
-    __device__ __forceinline__ void add(int dy, const A (&grad_o)[kColumns + 2][kLane], const A (&values)[kColumns][kLane],
-                                        A (&grad_map)[kColumns][kLane]) {
+    template <int kWidth>
+    __device__ __forceinline__ void add(int dy, const A (&grad_o)[kWidth + 2][kLane], const A (&values)[kWidth][kLane],
+                                        A (&grad_map)[kWidth][kLane]) {
 #pragma unroll
         for (int dx = 0; dx < 3; ++dx) {
 #pragma unroll
-            for (int j = 0; j < kColumns; ++j) {
+            for (int j = 0; j < kWidth; ++j) {
 #pragma unroll
                 for (int e = 0; e < kLane; ++e) {
                     products[3 * dy + dx][e] += values[j][e] * grad_o[j + 2 - dx][e];

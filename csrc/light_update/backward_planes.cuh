@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     if (t.maps > 1) carried.copy();
     if (a.grad_o) grad_o.copy();
     attend(a.vectors, s.C, p.b, p.c, min(t.lanes, static_cast<int>(s.C) - p.c), attention);
-    Side<T, 1> side(a, p, p.c + p.lane, attention);
+    Side<A, 1> side(a, p, p.c + p.lane, attention);
+    const Map<T> grad_of_map = p.map ? a.grad_carried : a.grad_x;
     await_copies<0>();
     __syncthreads();
 
@@ -70,10 +71,10 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
             const A* from = grads + run * o.pitch + (o.whole ? (of - o.top) * s.W : -o.left);
             A grad[kColumns + 2][1];
             load_row(from, column, W, grad);
-            side.add(dy, grad, values, grad_map);
+            side.template add<kColumns>(dy, grad, values, grad_map);
         }
-        if (!side.grad) continue;
-        store_strip(side.grad.at(p.b, p.c + p.lane, int64_t(row) * W + column), grad_map, valid, aligned);
+        if (!grad_of_map) continue;
+        store_strip(grad_of_map.at(p.b, p.c + p.lane, int64_t(row) * W + column), grad_map, valid, aligned);
     }
     finish_products(a, t, p, side.products, shared_memory<A>());
 }

@@ -11,6 +11,8 @@ namespace dla::light_update {
 // of x takes up again a row later, two in use and two ahead; of all others one in use and two ahead.
 constexpr int kGradientSlots = 4, kGradOutSlots = 4, kBackwardSlots = 3;
 
+// A thread's strip is wider than in forward: it has one map's filter to hold, and more to share out.
+constexpr int kWideColumns = 8;
 // Channels of a block: 64 bytes of every pixel, two whole sectors.
 template <class T>
 constexpr int kBackwardChannels = 64 / sizeof(T);
@@ -20,19 +22,19 @@ template <class T>
 DLA_HOST_DEVICE inline int64_t backward_rows_shared(int64_t columns, int others) {
     const int64_t slot = (columns + 2) * kBackwardChannels<T>;
     return slot * (kGradientSlots * sizeof(Acc<T>) + (kGradOutSlots + kBackwardSlots * others) * sizeof(T)) +
-           4 * kBackwardChannels<T> * sizeof(Acc<T>);
+           4 * kBackwardChannels<T> * sizeof(Acc<T>) + 5 * sizeof(const T*);
 }
 
-template <class T>
+template <class T, bool kAligned>
 __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2)
-    backward_rows(const __grid_constant__ Backward<T> a, const __grid_constant__ Tiling t, bool aligned) {
+    backward_rows(const __grid_constant__ Backward<T> a, const __grid_constant__ Tiling t) {
     using A = Acc<T>;
     constexpr int kLane = kLaneOfRows<T>, kPitch = kBackwardChannels<T>;
     const int channels = t.lanes * kLane, slot = (t.columns + 2) * kPitch;
     const Shape& s = a.shape;
     const int H = static_cast<int>(s.H), W = static_cast<int>(s.W), C = static_cast<int>(s.C);
     const Place p(t, s, channels, true);
-    const RowCopy<T, kPitch> copy(t, s, p, aligned);
+    const RowCopy<T, kPitch, kAligned> copy(t, s, p);
 
     A* const ring = shared_memory<A>();
     A* const lines = ring + kGradientSlots * slot;  // [4, kPitch]
@@ -42,17 +44,33 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2)
     T* const ring_carried = ring_x + kBackwardSlots * slot;
     T* const ring_grad_o = ring_x + t.maps * kBackwardSlots * slot;
 
+    // Where the block's channels begin in each map: five pointers that no register has to keep.
+    const T** const bases = reinterpret_cast<const T**>(ring_grad_o + (a.grad_o ? kBackwardSlots * slot : 0));
+    const auto base = [&](const Map<const T>& map) { return map ? map.at(p.b, p.c, 0) : nullptr; };
+    if (threadIdx.x == 0) {
+        bases[0] = base(a.grad_out);
+        bases[1] = base(a.o);
+        bases[2] = base(a.grad_o);
+        bases[3] = base(a.x);
+        bases[4] = base(a.carried);
+    }
+    __syncthreads();
+
     // What step k needs: o's gradient of row first - 1 + k; x and carried belong to the row above, whose turn it then is.
     const auto copy_rows = [&](int k) {
-        const int row = p.first - 1 + k;
+        const int row = p.first - 1 + k, into = k % kBackwardSlots * slot;
+        const auto one = [&](int i, const Map<const T>& map, int from_row, T* to) {
+            const int distance = static_cast<int>(map.pixel);
+            copy(bases[i] + ((from_row * W + copy.pixel) * distance + copy.vector), distance, true, to);
+        };
         if (row >= 0 && row < H && row <= p.last) {
-            copy(a.grad_out, row, true, ring_out + k % kGradOutSlots * slot);
-            copy(a.o, row, true, ring_o + k % kBackwardSlots * slot);
-            if (a.grad_o) copy(a.grad_o, row, true, ring_grad_o + k % kBackwardSlots * slot);
+            one(0, a.grad_out, row, ring_out + k % kGradOutSlots * slot);
+            one(1, a.o, row, ring_o + into);
+            if (a.grad_o) one(2, a.grad_o, row, ring_grad_o + into);
         }
         if (k > 1 && row <= p.last) {
-            copy(a.x, row - 1, true, ring_x + k % kBackwardSlots * slot);
-            if (t.maps > 1) copy(a.carried, row - 1, true, ring_carried + k % kBackwardSlots * slot);
+            one(3, a.x, row - 1, ring_x + into);
+            if (t.maps > 1) one(4, a.carried, row - 1, ring_carried + into);
         }
         end_copies();
     };
@@ -62,7 +80,7 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2)
     A* const attention = ring;  // until the ring is used
     attend(a.vectors, s.C, p.b, p.c, min(channels, C - p.c), attention);
     const int c = p.c + p.lane * kLane;
-    Side<T, kLane> side(a, p, c, attention);
+    Side<A, kLane> side(a, p, c, attention);
     for (int i = threadIdx.x; i < channels; i += blockDim.x) {
         const OutputGradient<A> line(a, p.b, min(p.c + i, C - 1));
         lines[i] = line.of_grad;
@@ -77,14 +95,14 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2)
         const int row = p.first - 1 + k;
         A* const to = ring + k % kGradientSlots * slot;
         const unsigned mask = row >= 0 && row < H ? copy.wanted : 0;
-        const int vector = copy.c - p.c;
+#pragma unroll 1
         for (int i = 0; i < copy.items; ++i) {
             const int from = copy.at + i * copy.step * kPitch;
 #pragma unroll
             for (int half = 0; half < kVector<T>; half += kVector<A>) {
                 A grad[kVector<A>] = {};
                 if (mask >> i & 1) {
-                    const A* line = lines + vector + half;
+                    const A* line = lines + copy.vector + half;
                     A o[kVector<A>], factor[kVector<A>], more[kVector<A>];
                     load<kVector<A>>(ring_o + k % kBackwardSlots * slot + from + half, o);
                     load<kVector<A>>(line + 2 * kPitch, factor);
@@ -109,8 +127,12 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2)
         }
     };
 
-    const int valid = p.active && c < C ? min(kColumns, p.columns - p.strip * kColumns) : 0, room = min(C - c, kLane);
-    const int at = p.strip * kColumns * kPitch + p.lane * kLane;
+    const int first_column = p.strip * kWideColumns, room = min(C - c, kLane);
+    const int valid = p.active && c < C ? min(kWideColumns, p.columns - first_column) : 0;
+    const int at = first_column * kPitch + p.lane * kLane;
+    const Map<T>& grad_of_map = p.map ? a.grad_carried : a.grad_x;
+    T* const grads = grad_of_map ? grad_of_map.at(p.b, c, 0) : nullptr;
+    const int distance = static_cast<int>(grad_of_map.pixel);
     const T* const ring_map = p.map ? ring_carried : ring_x;
     const int steps = p.last - p.first + 2;
     for (int k = 0; k < steps; ++k) {
@@ -119,25 +141,25 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2)
         __syncthreads();
         copy_rows(k + 2);
         if (k < 2) continue;
-        A values[kColumns][kLane], grad_map[kColumns][kLane] = {};
+        A values[kWideColumns][kLane], grad_map[kWideColumns][kLane] = {};
+        load_row<kPitch>(ring_map + k % kBackwardSlots * slot + at + kPitch, values);
+        if (!p.map) {
+            load_row<kPitch>(ring_out + (k - 1) % kGradOutSlots * slot + at + kPitch, grad_map);
 #pragma unroll
-        for (int j = 0; j < kColumns; ++j) {
-            const int from = at + (j + 1) * kPitch;
-            load<kLane>(ring_map + k % kBackwardSlots * slot + from, values[j]);
-            if (p.map) continue;
-            load<kLane>(ring_out + (k - 1) % kGradOutSlots * slot + from, grad_map[j]);
+            for (int j = 0; j < kWideColumns; ++j) {
 #pragma unroll
-            for (int e = 0; e < kLane; ++e) grad_map[j][e] += side.offset[e];
+                for (int e = 0; e < kLane; ++e) grad_map[j][e] += side.offset[e];
+            }
         }
 #pragma unroll
         for (int dy = 0; dy < 3; ++dy) {
-            A grad_o[kColumns + 2][kLane];
+            A grad_o[kWideColumns + 2][kLane];
             load_row<kPitch>(ring + (k - dy) % kGradientSlots * slot + at, grad_o);
-            side.add(dy, grad_o, values, grad_map);
+            side.template add<kWideColumns>(dy, grad_o, values, grad_map);
         }
-        if (!side.grad) continue;
-        const int pixel = (p.first + k - 2) * W + p.column + p.strip * kColumns;
-        store_row(side.grad, p.b, c, pixel, grad_map, valid, room, aligned);
+        if (!grads) continue;
+        const int pixel = (p.first + k - 2) * W + p.column + first_column;
+        store_row<kAligned>(grads + pixel * distance, distance, grad_map, valid, room);
     }
     finish_products(a, t, p, side.products, shared_memory<A>());
 }

@@ -21,7 +21,8 @@ constexpr int64_t kPlanesShared = 48 << 10;
 // Blocks enough for some ten waves on the largest GPUs, so that the last one weighs little.
 constexpr int64_t kBlocks = 4096;
 
-constexpr int64_t kRowColumns = 28;
+// Strips side by side: a row of 56 columns takes two blocks in forward and one in backward.
+constexpr int kRowStrips = 7;
 
 // What counts blocks, or places along an axis, must leave room in an int.
 int count(int64_t n) {
@@ -34,9 +35,10 @@ Tiling cut_rows(const Shape& s, int maps) {
     constexpr int kLane = kLaneOfRows<T>, kLeast = kVector<T> / kLane;
     Tiling t = {};
     t.maps = std::max(1, maps);
-    t.tiles = count(ceil_div(s.W, kRowColumns));
-    t.strips = static_cast<int>(ceil_div(ceil_div(s.W, t.tiles), kColumns));
-    t.columns = t.strips * kColumns;
+    const int width = maps ? kWideColumns : kColumns;
+    t.tiles = count(ceil_div(s.W, kRowStrips * width));
+    t.strips = static_cast<int>(ceil_div(ceil_div(s.W, t.tiles), width));
+    t.columns = t.strips * width;
     t.tiles = count(ceil_div(s.W, t.columns));
     t.groups = 1;
     t.lanes = (maps ? kBackwardChannels<T> : kForwardChannels<T>) / kLane;
@@ -135,8 +137,12 @@ void launch(const Forward<T>& a, const Tiling& t, bool channels_last, CUstream_s
         const auto run = [&](auto folded) {
             constexpr Carry kCarry = decltype(carry)::value;
             constexpr bool kFolded = decltype(folded)::value;
-            const auto kernel = channels_last ? forward_rows<T, kCarry, kFolded> : forward_planes<T, kCarry, kFolded>;
-            dla::launch(kernel, grid, t.threads(), t.shared, stream, a, t, aligned);
+            if (channels_last) {
+                const auto kernel = aligned ? forward_rows<T, kCarry, kFolded, true> : forward_rows<T, kCarry, kFolded, false>;
+                dla::launch(kernel, grid, t.threads(), t.shared, stream, a, t);
+            } else {
+                dla::launch(forward_planes<T, kCarry, kFolded>, grid, t.threads(), t.shared, stream, a, t, aligned);
+            }
             if (t.parts() == 1) return;
             const dim3 joins(count(ceil_div(s.B * s.C, kMaxThreads)));
             dla::launch(join_parts<kFolded, T>, joins, kMaxThreads, 0, stream, a, t.parts());
@@ -153,8 +159,13 @@ void launch(const Backward<T>& a, const Tiling& t, bool channels_last, CUstream_
     const bool aligned = fit(channels_last, s, a.grad_x, a.grad_carried) &&
                          (!channels_last || fit(true, s, a.x, a.carried, a.o, a.grad_out, a.grad_o));
     if (s.B * s.C > 0) {
-        const auto kernel = channels_last ? backward_rows<T> : backward_planes<T>;
-        dla::launch(kernel, dim3(count(s.B * t.blocks())), t.threads(), t.shared, stream, a, t, aligned);
+        const dim3 grid(count(s.B * t.blocks()));
+        if (channels_last) {
+            const auto kernel = aligned ? backward_rows<T, true> : backward_rows<T, false>;
+            dla::launch(kernel, grid, t.threads(), t.shared, stream, a, t);
+        } else {
+            dla::launch(backward_planes<T>, grid, t.threads(), t.shared, stream, a, t, aligned);
+        }
         dla::launch(sample_gradients<T>, dim3(count(s.B)), kSampleThreads, kSampleThreads / kWarp * sizeof(A), stream, a, t);
     }
     const dim3 sums(count(ceil_div(a.summed(), kSumColumns)));

@@ -12,43 +12,45 @@ constexpr int kLaneOfRows = sizeof(T) == 8 ? 1 : 2;
 
 // Copies a thread's share of one row and of its neighbouring columns into a slot of a ring, [columns + 2, kPitch].
 // Zeros stand outside the map and beyond its channels. Offsets within a sample fit in 32 bits: the launch has seen to it.
-template <class T, int kPitch>
+template <class T, int kPitch, bool kAligned>
 struct RowCopy {
-    int b, c, W, pixel, at, step;  // `pixel` of a row is the first to copy, to element `at` of the slot
-    int items, left;               // pixels to copy, `step` apart; channels of the vector that are in the map
-    unsigned wanted;               // a bit for each item, whether its column is in the map
-    bool aligned;
+    int pixel, vector, at, step;  // `pixel` of a row is the first to copy, to element `at` of the slot
+    int items, left;              // pixels to copy, `step` apart; channels of the vector that are in the map
+    unsigned wanted;              // a bit for each item, whether its column is in the map
+    bool first;                   // the first of these bits
 
-    __device__ RowCopy(const Tiling& t, const Shape& s, const Place& p, bool aligned)
-        : b(p.b), W(static_cast<int>(s.W)), aligned(aligned) {
-        const int vectors = t.lanes * kLaneOfRows<T> / kVector<T>, thread = threadIdx.x;
-        const int vector = thread % vectors * kVector<T>, from = thread / vectors;
-        c = p.c + vector;
+    __device__ RowCopy(const Tiling& t, const Shape& s, const Place& p) {
+        const int vectors = t.lanes * kLaneOfRows<T> / kVector<T>, thread = threadIdx.x, from = thread / vectors;
+        vector = thread % vectors * kVector<T>;
         pixel = p.column + from - 1;
         at = from * kPitch + vector;
         step = t.lanes * t.strips * t.maps / vectors;
         items = p.active && from < t.columns + 2 ? (t.columns + 1 - from) / step + 1 : 0;
-        left = min(kVector<T>, static_cast<int>(s.C) - c);
+        left = min(kVector<T>, static_cast<int>(s.C) - p.c - vector);
         wanted = 0;
         for (int i = 0; i < items; ++i) {
             const int column = pixel + i * step;
-            wanted |= static_cast<unsigned>(column >= 0 && column < W && left > 0) << i;
+            wanted |= static_cast<unsigned>(column >= 0 && column < s.W && left > 0) << i;
         }
+        first = wanted & 1;
     }
 
-    __device__ __forceinline__ void operator()(const Map<const T>& map, int row, bool in_map, T* slot) const {
-        const int distance = static_cast<int>(map.pixel), apart = step * distance;
-        const T* from = map.at(b, c, 0) + (row * W + pixel) * distance;
-        const unsigned mask = in_map ? wanted : 0;
+    // `from` is where the first pixel's vector lies, `distance` is between pixels.
+    __device__ __forceinline__ void operator()(const T* from, int distance, bool in_map, T* slot) const {
         T* to = slot + at;
-        if (aligned) {
-            for (int i = 0; i < items; ++i) {
-                copy_async(to + i * step * kPitch, from + i * apart, mask >> i & 1);
+        if constexpr (kAligned) {
+            if (items > 0) copy_async(to, from, in_map && first);
+#pragma unroll 1
+            for (int i = 1; i < items; ++i) {
+                copy_async(to + i * step * kPitch, from + i * step * distance, in_map && (wanted >> i & 1));
             }
         } else {
+#pragma unroll 1
             for (int i = 0; i < items; ++i) {
+#pragma unroll 1
                 for (int e = 0; e < kVector<T>; ++e) {
-                    to[i * step * kPitch + e] = (mask >> i & 1) && e < left ? from[i * apart + e] : narrow<T>(0);
+                    const bool there = in_map && (wanted >> i & 1) && e < left;
+                    to[i * step * kPitch + e] = there ? from[i * step * distance + e] : narrow<T>(0);
                 }
             }
         }
@@ -56,31 +58,30 @@ struct RowCopy {
 };
 
 // A strip's row with its neighbouring columns, out of a slot.
-template <int kPitch, int kLane, class T>
-__device__ __forceinline__ void load_row(const T* slot, Acc<T> (&to)[kColumns + 2][kLane]) {
+template <int kPitch, int kWidth, int kLane, class T, class A>
+__device__ __forceinline__ void load_row(const T* slot, A (&to)[kWidth][kLane]) {
 #pragma unroll
-    for (int j = 0; j < kColumns + 2; ++j) load<kLane>(slot + j * kPitch, to[j]);
+    for (int j = 0; j < kWidth; ++j) load<kLane>(slot + j * kPitch, to[j]);
 }
 
-// Stores a strip's row, from `pixel` of the map on.
-template <int kLane, class T>
-__device__ __forceinline__ void store_row(const Map<T>& map, int b, int c, int pixel,
-                                          const Acc<T> (&values)[kColumns][kLane], int columns, int channels,
-                                          bool aligned) {
-    const int distance = static_cast<int>(map.pixel);
-    T* to = map.at(b, c, 0) + pixel * distance;
-    if (aligned) {
+// Stores a strip's row from `to` on; `distance` is between its columns.
+template <bool kAligned, int kWidth, int kLane, class T>
+__device__ __forceinline__ void store_row(T* to, int distance, const Acc<T> (&values)[kWidth][kLane], int columns,
+                                          int channels) {
+    if constexpr (kAligned) {
 #pragma unroll
-        for (int j = 0; j < kColumns; ++j) {
-            if (j < columns) store<kLane>(to + j * distance, values[j]);
+        for (int j = 0; j < kWidth; ++j) {
+            if (j < columns) store<kLane>(to, values[j]);
+            to += distance;
         }
     } else {
 #pragma unroll
-        for (int j = 0; j < kColumns; ++j) {
+        for (int j = 0; j < kWidth; ++j) {
 #pragma unroll
             for (int e = 0; e < kLane; ++e) {
-                if (j < columns && e < channels) to[j * distance + e] = narrow<T>(values[j][e]);
+                if (j < columns && e < channels) to[e] = narrow<T>(values[j][e]);
             }
+            to += distance;
         }
     }
 }
@@ -91,27 +92,32 @@ constexpr int kForwardChannels = 128 / sizeof(T);
 // Rows of the ring: two ahead, the one at hand and the one above it.
 constexpr int kForwardSlots = 4;
 
-template <class T, Carry kCarry, bool kFolded>
+template <class T, Carry kCarry, bool kFolded, bool kAligned>
 __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2)
-    forward_rows(const __grid_constant__ Forward<T> a, const __grid_constant__ Tiling t, bool aligned) {
+    forward_rows(const __grid_constant__ Forward<T> a, const __grid_constant__ Tiling t) {
     using A = Acc<T>;
     constexpr int kLane = kLaneOfRows<T>, kPitch = kForwardChannels<T>;
     const int channels = t.lanes * kLane, slot = (t.columns + 2) * kPitch;
     const Shape& s = a.shape;
     const int H = static_cast<int>(s.H), W = static_cast<int>(s.W), C = static_cast<int>(s.C);
     const Place p(t, s, channels, true);
-    const RowCopy<T, kPitch> copy(t, s, p, aligned);
+    const RowCopy<T, kPitch, kAligned> copy(t, s, p);
     T* const ring_x = shared_memory<T>();
     T* const ring_carried = ring_x + kForwardSlots * slot;
     A* const attention = reinterpret_cast<A*>(ring_x + (kCarry == Carry::none ? 1 : 2) * kForwardSlots * slot);
+    const int top = max(p.first - 1, 0), of_x = static_cast<int>(a.x.pixel), of_carried = static_cast<int>(a.carried.pixel);
+    const T* next_x = a.x.at(p.b, p.c, 0) + ((top * W + copy.pixel) * of_x + copy.vector);
+    const T* next_carried = a.carried.at(p.b, p.c, 0) + ((top * W + copy.pixel) * of_carried + copy.vector);
     const auto copy_row = [&](int row) {
         if (row <= p.last) {  // which is below the map where the block's rows are its last
-            copy(a.x, row, row < H, ring_x + row % kForwardSlots * slot);
-            if constexpr (kCarry != Carry::none) copy(a.carried, row, row < H, ring_carried + row % kForwardSlots * slot);
+            const int into = row % kForwardSlots * slot;
+            copy(next_x, of_x, row < H, ring_x + into);
+            if constexpr (kCarry != Carry::none) copy(next_carried, of_carried, row < H, ring_carried + into);
         }
+        next_x += W * of_x;
+        if constexpr (kCarry != Carry::none) next_carried += W * of_carried;
         end_copies();
     };
-    const int top = max(p.first - 1, 0);
     copy_row(top);
     copy_row(top + 1);
 
@@ -154,7 +160,11 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2)
         }
         if (row <= p.first) continue;
         const int pixel = (row - 1) * W + column;
-        if (!kFolded || a.o) store_row(a.o, p.b, c, pixel, strip.done, valid, room, aligned);
+        const auto put = [&](const Map<T>& map) {
+            const int distance = static_cast<int>(map.pixel);
+            store_row<kAligned>(map.at(p.b, c, 0) + pixel * distance, distance, strip.done, valid, room);
+        };
+        if (!kFolded || a.o) put(a.o);
         if constexpr (kFolded) {
             const T* from = ring_x + (row - 1) % kForwardSlots * slot + kPitch + at;
 #pragma unroll
@@ -168,7 +178,7 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2)
                     if (j < valid) found.add_pair(e, o, strip.done[j][e]);
                 }
             }
-            store_row(a.out, p.b, c, pixel, strip.done, valid, room, aligned);
+            put(a.out);
         } else {
             found.add(strip.done);
         }
