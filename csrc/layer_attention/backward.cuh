@@ -48,38 +48,36 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
     for (int i = threadIdx.x; i < a.range.count * warps * width; i += blockDim.x) products[i] = 0;
     __syncthreads();
 
+    A* own_products = nullptr;  // of the first lanes of a warp, which take the sums
+    if (threadIdx.x % kWarp < plan.lanes) own_products = products + warp * width + p.lane * P::kChannels;
     const bool own = a.range.count > 0 && a.range.first + a.range.count == a.attention.layers;
     for (int step = 0; step < plan.steps; ++step) {
         const int at = p.at + step * p.stride * kDepth;
         A grad[kDepth][P::N];
         {
-            A o[kDepth][P::N], mean[P::kChannels], line[P::kChannels], bias[P::kChannels];
+            A o[kDepth][P::N], factor[P::kChannels], more[P::kChannels];
             p.load_all(a.o, at, o);
             p.load_all(a.grad_out, at, grad);
-            p.load_channels(lines, mean);
-            p.load_channels(lines + p.channels, line);
-            p.load_channels(lines + 2 * p.channels, bias);
+            const auto each = [&](const auto& body) {
 #pragma unroll
-            for (int i = 0; i < kDepth; ++i) {
+                for (int i = 0; i < kDepth; ++i) {
 #pragma unroll
-                for (int e = 0; e < P::N; ++e) {
-                    o[i][e] -= mean[e % P::kChannels];
-                    const bool passes = o[i][e] * line[e % P::kChannels] + bias[e % P::kChannels] > A(0);
-                    grad[i][e] = passes ? grad[i][e] : A(0);
+                    for (int e = 0; e < P::N; ++e) body(i, e, e % P::kChannels);
                 }
-            }
-            p.load_channels(lines + 3 * p.channels, mean);
-            p.load_channels(lines + 4 * p.channels, line);
-            p.load_channels(lines + 5 * p.channels, bias);
-#pragma unroll
-            for (int i = 0; i < kDepth; ++i) {
+            };
+            p.load_channels(lines, more);
+            each([&](int i, int e, int c) { o[i][e] -= more[c]; });
+            p.load_channels(lines + p.channels, factor);
+            p.load_channels(lines + 2 * p.channels, more);
+            each([&](int i, int e, int c) { grad[i][e] = o[i][e] * factor[c] + more[c] > A(0) ? grad[i][e] : A(0); });
+            p.load_channels(lines + 3 * p.channels, factor);
+            each([&](int i, int e, int c) { grad[i][e] *= factor[c]; });
+            p.load_channels(lines + 4 * p.channels, factor);
+            p.load_channels(lines + 5 * p.channels, more);
+            each([&](int i, int e, int c) {
                 const bool inside = at + i * p.stride < p.end;
-#pragma unroll
-                for (int e = 0; e < P::N; ++e) {
-                    const int c = e % P::kChannels;
-                    grad[i][e] = inside ? mean[c] * grad[i][e] + (line[c] * o[i][e] + bias[c]) : A(0);
-                }
-            }
+                grad[i][e] = inside ? grad[i][e] + (factor[c] * o[i][e] + more[c]) : A(0);
+            });
         }
         if (a.grad_o) p.store_all(a.grad_o, at, grad);
 
@@ -94,8 +92,8 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
 #pragma unroll
                 for (int c = 0; c < P::kChannels; ++c) sums[c] += __shfl_xor_sync(kAllLanes, sums[c], offset);
             }
-            if (threadIdx.x % kWarp < plan.lanes) {
-                A* to = products + (m * warps + warp) * width + p.lane * P::kChannels;
+            if (own_products) {
+                A* to = own_products + m * warps * width;
 #pragma unroll
                 for (int c = 0; c < P::kChannels; ++c) to[c] += sums[c];
             }
