@@ -14,7 +14,8 @@ template <class T, class A = Acc<T>>
 inline int64_t backward_shared(const Backward<T>& a, const Plan& p, int channels) {
     const int64_t products = a.range.count * p.threads() / kWarp * (channels / p.teams);
     const int64_t scratch = attend_shared(a.attention, channels);
-    return ((kLines + a.range.count + a.later_count) * channels + (products > scratch ? products : scratch)) * sizeof(A);
+    return ((kLines + a.range.count + a.later_count) * channels + (products > scratch ? products : scratch)) *
+           sizeof(A);
 }
 
 template <class T, class P>
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
         }
         if (a.grad_o) p.store_all(a.grad_o, at, grad);
 
-        p.each_map(a.values, a.range.count, at, [&](int m, const A (&value)[kDepth][P::N]) {
+        p.each_map(a.values, a.range.count, at, [&](int m, const A(&value)[kDepth][P::N]) {
             A sums[P::kChannels] = {};
 #pragma unroll
             for (int i = 0; i < kDepth; ++i) {
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
                 for (int e = 0; e < P::N; ++e) grad[i][e] += before[i][e];
             }
         }
-        p.each_map(a.later, a.later_count, at, [&](int j, const A (&more)[kDepth][P::N]) {
+        p.each_map(a.later, a.later_count, at, [&](int j, const A(&more)[kDepth][P::N]) {
             p.load_channels(later + j * p.channels, weight);
 #pragma unroll
             for (int i = 0; i < kDepth; ++i) {

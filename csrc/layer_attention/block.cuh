@@ -82,28 +82,25 @@ struct Place {
     // The same for `count` maps in turn, the next one under way while body(m, vectors) takes one.
     template <class T, class Body>
     __device__ __forceinline__ void each_map(const Map<const T>* maps, int count, int from, const Body& body) const {
-        using Word = typename WordOf<N * sizeof(T)>::type;
-        Word next[kDepth];
-        const auto fetch = [&](const Map<const T>& map) {
+        Word<T, N> next[kDepth];
+        const auto begin = [&](const Map<const T>& map) {
             const T* origin = map.at(b, safe, 0);
             const int64_t distance = kRows ? map.pixel : N;
 #pragma unroll
             for (int i = 0; i < kDepth; ++i) {
-                next[i] = *reinterpret_cast<const Word*>(origin + min(from + i * stride, last) * distance);
+                next[i] = fetch<N>(origin + min(from + i * stride, last) * distance);
             }
         };
-        if (count > 0) fetch(maps[0]);
+        if (count > 0) begin(maps[0]);
 #pragma unroll 1
         for (int m = 0; m < count; ++m) {
-            T now[kDepth][N];
-            memcpy(now, next, sizeof now);
-            fetch(maps[min(m + 1, count - 1)]);
+            Word<T, N> now[kDepth];
+#pragma unroll
+            for (int i = 0; i < kDepth; ++i) now[i] = next[i];
+            begin(maps[min(m + 1, count - 1)]);
             Acc<T> values[kDepth][N];
 #pragma unroll
-            for (int i = 0; i < kDepth; ++i) {
-#pragma unroll
-                for (int e = 0; e < N; ++e) values[i][e] = widen(now[i][e]);
-            }
+            for (int i = 0; i < kDepth; ++i) unpack<T>(now[i], values[i]);
             body(m, values);
         }
     }
@@ -183,8 +180,8 @@ DLA_HOST_DEVICE inline int attend_shared(const Attention<A>& a, int channels) {
     return (scored(a) + 2) * channels;
 }
 
-// Attention times gate for a range of layers and the block's channels -> weights [layers, channels]; `scores` is scratch
-// of attend_shared() elements. A channel beyond the map has weight 0.
+// Attention times gate for a range of layers and the block's channels -> weights [layers, channels]; `scores` is
+// scratch of attend_shared() elements. A channel beyond the map has weight 0.
 template <class A>
 __device__ void attend(const Attention<A>& a, const Shape& s, int64_t b, int64_t c0, int channels, const Range& range,
                        A* scores, A* weights) {

@@ -70,8 +70,8 @@ struct Values {
     void attend(layer_attention::Forward<T>& args, int64_t head_dim, const std::vector<Tensor>& others,
                 cudaStream_t stream) const {
         using A = Acc<T>;
-        const bool vectors = all_in_vectors<T>(shape, channels_last, maps) &&
-                             all_in_vectors<T>(shape, channels_last, others);
+        const bool vectors =
+            all_in_vectors<T>(shape, channels_last, maps) && all_in_vectors<T>(shape, channels_last, others);
         const auto plan = layer_attention::plan<T>(shape, channels_last, vectors);
         const Tensor parts = new_tensor(q, {args.x ? 0 : 3 * shape.B * shape.C * plan.runs});
         const Tensor sums = new_sums(first, q, maps.size() > kMaps);
@@ -153,7 +153,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cuda_layer_attention_
     on_cuda_dtype(grad_o, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
-        const bool vectors = all_in_vectors<T>(s, channels_last, in.maps) && all_in_vectors<T>(s, channels_last, later) &&
+        const bool vectors = all_in_vectors<T>(s, channels_last, in.maps) &&
+                             all_in_vectors<T>(s, channels_last, later) &&
                              all_in_vectors<T>(s, channels_last, {in.first, grad_out, grad_o, grad_value});
         const auto plan = layer_attention::plan<T>(s, channels_last, vectors);
         const size_t layers = in.maps.size(), most = std::max(layers, later.size());

@@ -1,11 +1,10 @@
-// layer_attention on CUDA: how a map is cut, and the launches. Forward is one launch, and another where a block does not
-// see all of a map; backward is two. Stages of more than kMaps layers take one more for each further kMaps of them.
-#include "layer_attention/cuda.h"
-
+// layer_attention on CUDA: how a map is cut, and the launches. Forward is one launch, and another where a block does
+// not see all of a map; backward is two. Stages of more than kMaps layers take one more for each further kMaps of them.
 #include <algorithm>
 #include <stdexcept>
 
 #include "layer_attention/backward.cuh"
+#include "layer_attention/cuda.h"
 #include "layer_attention/forward.cuh"
 
 namespace dla::layer_attention {
@@ -27,7 +26,8 @@ void on_place(const Plan& p, bool channels_last, const Body& body) {
     if (channels_last) {
         p.vectors ? body(static_cast<Place<kVector<T>, true>*>(nullptr)) : body(static_cast<Place<1, true>*>(nullptr));
     } else {
-        p.vectors ? body(static_cast<Place<kVector<T>, false>*>(nullptr)) : body(static_cast<Place<1, false>*>(nullptr));
+        p.vectors ? body(static_cast<Place<kVector<T>, false>*>(nullptr))
+                  : body(static_cast<Place<1, false>*>(nullptr));
     }
 }
 
@@ -105,9 +105,9 @@ void finish(const Backward<T>& a, const Plan& p, CUstream_st* stream) {
     dla::launch(head_gradients<T>, grid, kHeadThreads, 2 * a.attention.layers * sizeof(Acc<T>), stream, a, p);
 }
 
-#define DLA_INSTANTIATE(T)                                                 \
-    template Plan plan<T>(const Shape&, bool, bool);                       \
-    template bool in_vectors(const Shape&, bool, const Map<const T>&);     \
+#define DLA_INSTANTIATE(T)                                                     \
+    template Plan plan<T>(const Shape&, bool, bool);                           \
+    template bool in_vectors(const Shape&, bool, const Map<const T>&);         \
     template void launch(const Forward<T>&, const Plan&, bool, CUstream_st*);  \
     template void launch(const Backward<T>&, const Plan&, bool, CUstream_st*); \
     template void finish(const Backward<T>&, const Plan&, CUstream_st*);

@@ -67,8 +67,8 @@ struct Backward {
     A *grad_q, *grad_k, *grad_gates, *weights;
 };
 
-// How a block cuts a map: `teams` of `team` threads, each with `lanes` vectors of channels side by side in channels_last
-// and a plane of its own in NCHW. A thread takes kDepth vectors in each of `steps` steps down the map.
+// How a block cuts a map: `teams` of `team` threads, each with `lanes` vectors of channels side by side in
+// channels_last and a plane of its own in NCHW. A thread takes kDepth vectors in each of `steps` steps down the map.
 struct Plan {
     int lanes, team, teams, steps;
     bool vectors;

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
         if (at >= p.end) break;
         A o[kDepth][P::N] = {};
         if (a.before) p.template load_all<A>({a.before.data, a.before.batch, a.before.channel, a.before.pixel}, at, o);
-        p.each_map(a.values, a.range.count, at, [&](int m, const A (&value)[kDepth][P::N]) {
+        p.each_map(a.values, a.range.count, at, [&](int m, const A(&value)[kDepth][P::N]) {
             A weight[P::kChannels];
             p.load_channels(weights + m * p.channels, weight);
 #pragma unroll

@@ -43,8 +43,8 @@ struct Side {
             const int64_t c = min(int64_t(first + e), C - 1);  // beyond the last one nothing is stored
 #pragma unroll
             for (int k = 0; k < 9; ++k) {
-                filter[k][e] = p.map ? carried_filter(a.vectors, C, p.b, c, k)
-                                     : x_filter(a.vectors, c, k, p.c, attention);
+                filter[k][e] =
+                    p.map ? carried_filter(a.vectors, C, p.b, c, k) : x_filter(a.vectors, c, k, p.c, attention);
             }
             if (!p.map && a.grad_out_mean) offset[e] = a.grad_out_mean[p.b * C + c] / A(a.shape.HW());
         }

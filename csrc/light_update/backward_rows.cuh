@@ -1,5 +1,5 @@
-// light_update's backward on channels_last maps: o's gradient of three rows in a ring of accumulators, the maps in rings
-// that are filled two rows ahead.
+// light_update's backward on channels_last maps: o's gradient of three rows in a ring of accumulators, the maps in
+// rings that are filled two rows ahead.
 #pragma once
 
 #include "light_update/backward.cuh"
@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2)
     }
     __syncthreads();
 
-    // What step k needs: o's gradient of row first - 1 + k; x and carried belong to the row above, whose turn it then is.
+    // What step k needs: o's gradient of row first - 1 + k; x and carried belong to the row above, whose turn it then
+    // is.
     const auto copy_rows = [&](int k) {
         const int row = p.first - 1 + k, into = k % kBackwardSlots * slot;
         const auto one = [&](int i, const Map<const T>& map, int from_row, T* to) {

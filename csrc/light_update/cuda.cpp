@@ -16,30 +16,42 @@ struct Dense {
     Dense(const Tensor& y, const Tensor& query_weight, const Tensor& key_weight, const Tensor& value_weight,
           const std::optional<Tensor>& carry_scale, const std::optional<Tensor>& gate,
           const std::optional<Tensor>& carry_weight)
-        : y(dense(y)), query_weight(dense(query_weight)), key_weight(dense(key_weight)),
-          value_weight(dense(value_weight)), carry_scale(dense(carry_scale)), gate(dense(gate)),
+        : y(dense(y)),
+          query_weight(dense(query_weight)),
+          key_weight(dense(key_weight)),
+          value_weight(dense(value_weight)),
+          carry_scale(dense(carry_scale)),
+          gate(dense(gate)),
           carry_weight(dense(carry_weight)) {}
 
     template <class A>
     light_update::Vectors<A> vectors(int64_t head_dim) const {
-        return {data_of<A>(y), data_of<A>(query_weight), data_of<A>(key_weight), data_of<A>(value_weight),
-                data_of<A>(carry_scale), data_of<A>(gate), data_of<A>(carry_weight), query_weight.numel(), head_dim};
+        return {data_of<A>(y),
+                data_of<A>(query_weight),
+                data_of<A>(key_weight),
+                data_of<A>(value_weight),
+                data_of<A>(carry_scale),
+                data_of<A>(gate),
+                data_of<A>(carry_weight),
+                query_weight.numel(),
+                head_dim};
     }
 };
 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> cuda_light_update_forward(
-    const Tensor& x_, const Tensor& y, const Tensor& query_weight, const Tensor& key_weight,
-    const Tensor& value_weight, const std::optional<Tensor>& carried_, const std::optional<Tensor>& carry_scale,
-    const std::optional<Tensor>& gate, const std::optional<Tensor>& carry_weight, int64_t head_dim) {
+    const Tensor& x_, const Tensor& y, const Tensor& query_weight, const Tensor& key_weight, const Tensor& value_weight,
+    const std::optional<Tensor>& carried_, const std::optional<Tensor>& carry_scale, const std::optional<Tensor>& gate,
+    const std::optional<Tensor>& carry_weight, int64_t head_dim) {
     const OnDevice device(x_);
     const Tensor x = walkable(x_);
     const bool channels_last = is_channels_last(x);
     const auto carried = in_layout(carried_, channels_last);
     const Dense in(y, query_weight, key_weight, value_weight, carry_scale, gate, carry_weight);
     const Shape s = shape_of(x);
-    const Tensor o = torch::stable::empty_like(x), mean = new_tensor(in.y, {s.B, s.C}), var = new_tensor(in.y, {s.B, s.C});
+    const Tensor o = torch::stable::empty_like(x), mean = new_tensor(in.y, {s.B, s.C}),
+                 var = new_tensor(in.y, {s.B, s.C});
     on_cuda_dtype(x, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
@@ -60,10 +72,10 @@ std::tuple<Tensor, Tensor, Tensor> cuda_light_update_forward(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_light_update_folded(
-    const Tensor& x_, const Tensor& y, const Tensor& query_weight, const Tensor& key_weight,
-    const Tensor& value_weight, const std::optional<Tensor>& carried_, const std::optional<Tensor>& carry_scale,
-    const std::optional<Tensor>& gate, const std::optional<Tensor>& carry_weight, const Tensor& mean_,
-    const Tensor& var_, const Tensor& weight_, const Tensor& bias_, double eps, int64_t head_dim, bool need_o) {
+    const Tensor& x_, const Tensor& y, const Tensor& query_weight, const Tensor& key_weight, const Tensor& value_weight,
+    const std::optional<Tensor>& carried_, const std::optional<Tensor>& carry_scale, const std::optional<Tensor>& gate,
+    const std::optional<Tensor>& carry_weight, const Tensor& mean_, const Tensor& var_, const Tensor& weight_,
+    const Tensor& bias_, double eps, int64_t head_dim, bool need_o) {
     const OnDevice device(x_);
     const Tensor x = walkable(x_), mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
     const bool channels_last = is_channels_last(x);

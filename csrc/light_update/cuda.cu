@@ -1,12 +1,11 @@
 // light_update on CUDA: how a map is cut, and the launches. Forward is one launch, and another where a block does not
 // see all of a map; backward is three.
-#include "light_update/cuda.h"
-
 #include <algorithm>
 #include <stdexcept>
 
 #include "light_update/backward_planes.cuh"
 #include "light_update/backward_rows.cuh"
+#include "light_update/cuda.h"
 #include "light_update/gradients.cuh"
 #include "light_update/planes.cuh"
 #include "light_update/rows.cuh"
@@ -84,7 +83,7 @@ Tiling cut_planes(const Shape& s, int maps) {
     }
     t.chunks = count(ceil_div(s.C, t.lanes));
     const int64_t walk = maps ? backward_planes_shared<T>(t, s, 3 + maps)
-                                  : Slab<T>::size_of(t, s) * 2 * int64_t(sizeof(T)) + t.lanes * int64_t(sizeof(Acc<T>));
+                              : Slab<T>::size_of(t, s) * 2 * int64_t(sizeof(T)) + t.lanes * int64_t(sizeof(Acc<T>));
     const int64_t finish = maps ? maps * 9 * sizeof(Acc<T>) : sizeof(Moments<Acc<T>>);
     t.shared = static_cast<int>(std::max(walk, finish * t.lanes * t.members()));
     return t;
@@ -138,7 +137,8 @@ void launch(const Forward<T>& a, const Tiling& t, bool channels_last, CUstream_s
             constexpr Carry kCarry = decltype(carry)::value;
             constexpr bool kFolded = decltype(folded)::value;
             if (channels_last) {
-                const auto kernel = aligned ? forward_rows<T, kCarry, kFolded, true> : forward_rows<T, kCarry, kFolded, false>;
+                const auto kernel =
+                    aligned ? forward_rows<T, kCarry, kFolded, true> : forward_rows<T, kCarry, kFolded, false>;
                 dla::launch(kernel, grid, t.threads(), t.shared, stream, a, t);
             } else {
                 dla::launch(forward_planes<T, kCarry, kFolded>, grid, t.threads(), t.shared, stream, a, t, aligned);
@@ -166,14 +166,15 @@ void launch(const Backward<T>& a, const Tiling& t, bool channels_last, CUstream_
         } else {
             dla::launch(backward_planes<T>, grid, t.threads(), t.shared, stream, a, t, aligned);
         }
-        dla::launch(sample_gradients<T>, dim3(count(s.B)), kSampleThreads, kSampleThreads / kWarp * sizeof(A), stream, a, t);
+        dla::launch(sample_gradients<T>, dim3(count(s.B)), kSampleThreads, kSampleThreads / kWarp * sizeof(A), stream,
+                    a, t);
     }
     const dim3 sums(count(ceil_div(a.summed(), kSumColumns)));
     dla::launch(add_samples<T>, sums, kMaxThreads, kMaxThreads * sizeof(A), stream, a);
 }
 
-#define DLA_INSTANTIATE(T)                                                    \
-    template Tiling tiling<T>(const Shape&, bool, int);                      \
+#define DLA_INSTANTIATE(T)                                                      \
+    template Tiling tiling<T>(const Shape&, bool, int);                         \
     template void launch(const Forward<T>&, const Tiling&, bool, CUstream_st*); \
     template void launch(const Backward<T>&, const Tiling&, bool, CUstream_st*);
 DLA_INSTANTIATE(float)

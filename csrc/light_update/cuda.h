@@ -38,10 +38,10 @@ struct Backward {
     using A = Acc<T>;
     Shape shape;
     Vectors<A> vectors;
-    Map<const T> grad_out, grad_o, o, x, carried;         // grad_o may be null, and carried
-    const A *grad_out_mean, *grad_o_mean;                 // [B, C] or null
+    Map<const T> grad_out, grad_o, o, x, carried;          // grad_o may be null, and carried
+    const A *grad_out_mean, *grad_o_mean;                  // [B, C] or null
     const A *mean, *var, *weight, *sum_weight, *sum_bias;  // [C]; the last two may be null
-    const A* keep;                                        // [B] or null
+    const A* keep;                                         // [B] or null
     A eps, count;
     Map<T> grad_x, grad_carried;  // either may be null
     A* parts;                     // scratch, kProducts for every part of a map and channel

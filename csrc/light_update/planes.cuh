@@ -10,13 +10,13 @@ namespace dla::light_update {
 // within 16 bytes, so that all but its ends moves in 16-byte copies whatever its address.
 template <class T>
 struct Slab {
-    const T* base;           // of the first run in the map
-    int64_t plane, row;      // between planes and rows there
+    const T* base;       // of the first run in the map
+    int64_t plane, row;  // between planes and rows there
     T* shared;
-    int pitch, length;       // of a run
+    int pitch, length;  // of a run
     int runs;
-    bool whole;              // whether a run is a band of a whole plane, else a part of one row
-    int64_t top, left;       // first row, and column where a run begins
+    bool whole;         // whether a run is a band of a whole plane, else a part of one row
+    int64_t top, left;  // first row, and column where a run begins
 
     // Elements that a block's slab takes.
     static __host__ __device__ int pitch_of(const Tiling& t, const Shape& s) {

@@ -11,7 +11,8 @@ template <class T>
 constexpr int kLaneOfRows = sizeof(T) == 8 ? 1 : 2;
 
 // Copies a thread's share of one row and of its neighbouring columns into a slot of a ring, [columns + 2, kPitch].
-// Zeros stand outside the map and beyond its channels. Offsets within a sample fit in 32 bits: the launch has seen to it.
+// Zeros stand outside the map and beyond its channels. Offsets within a sample fit in 32 bits: the launch has seen to
+// it.
 template <class T, int kPitch, bool kAligned>
 struct RowCopy {
     int pixel, vector, at, step;  // `pixel` of a row is the first to copy, to element `at` of the slot
@@ -105,7 +106,8 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2)
     T* const ring_x = shared_memory<T>();
     T* const ring_carried = ring_x + kForwardSlots * slot;
     A* const attention = reinterpret_cast<A*>(ring_x + (kCarry == Carry::none ? 1 : 2) * kForwardSlots * slot);
-    const int top = max(p.first - 1, 0), of_x = static_cast<int>(a.x.pixel), of_carried = static_cast<int>(a.carried.pixel);
+    const int top = max(p.first - 1, 0), of_x = static_cast<int>(a.x.pixel),
+              of_carried = static_cast<int>(a.carried.pixel);
     const T* next_x = a.x.at(p.b, p.c, 0) + ((top * W + copy.pixel) * of_x + copy.vector);
     const T* next_carried = a.carried.at(p.b, p.c, 0) + ((top * W + copy.pixel) * of_carried + copy.vector);
     const auto copy_row = [&](int row) {
