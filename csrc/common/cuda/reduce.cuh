@@ -30,6 +30,10 @@ __device__ __forceinline__ A block_sum(A v, A* shared) {
     return total;
 }
 
+// Close enough for a weight of Chan's formula: off by the last bit of float32.
+__device__ __forceinline__ float reciprocal(float v) { return __fdividef(1.0f, v); }
+__device__ __forceinline__ double reciprocal(double v) { return 1.0 / v; }
+
 // Mean and sum of squared deviations of `count` values: merged, never subtracted, so that nothing cancels.
 template <class A>
 struct Moments {

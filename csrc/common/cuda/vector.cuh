@@ -60,12 +60,26 @@ __device__ __forceinline__ Word<T, N> fetch(const T* from) {
     return *reinterpret_cast<const Word<T, N>*>(from);
 }
 
+// Two adjacent bfloat16 are the upper halves of two float32: one instruction for each.
+__device__ __forceinline__ void widen_pair(unsigned pair, float& low, float& high) {
+    const unsigned first = pair << 16, second = pair & 0xffff0000u;
+    memcpy(&low, &first, sizeof low);
+    memcpy(&high, &second, sizeof high);
+}
+
 template <class T, int N>
 __device__ __forceinline__ void unpack(const Word<T, N>& word, Acc<T> (&to)[N]) {
-    T parts[N];
-    memcpy(parts, &word, sizeof word);
+    if constexpr (std::is_same_v<T, __nv_bfloat16> && N % 2 == 0) {
+        unsigned pairs[N / 2];
+        memcpy(pairs, &word, sizeof word);
 #pragma unroll
-    for (int i = 0; i < N; ++i) to[i] = widen(parts[i]);
+        for (int i = 0; i < N; i += 2) widen_pair(pairs[i / 2], to[i], to[i + 1]);
+    } else {
+        T parts[N];
+        memcpy(parts, &word, sizeof word);
+#pragma unroll
+        for (int i = 0; i < N; ++i) to[i] = widen(parts[i]);
+    }
 }
 
 template <int N, class T>

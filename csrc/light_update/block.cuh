@@ -1,0 +1,259 @@
+// What the kernels of light_update share: a block's place, the folded filters, the sums over a block.
+#pragma once
+
+#include "common/cuda/async.cuh"
+#include "common/cuda/launch.cuh"
+#include "common/cuda/reduce.cuh"
+#include "common/cuda/vector.cuh"
+#include "light_update/cuda.h"
+
+namespace dla::light_update {
+
+// How what is carried enters: not at all, times one factor for each channel, or through a 3x3 filter.
+enum class Carry { none, scaled, filtered };
+
+// A thread's strip is four columns wide: each row is read six wide, and all that is in flight stays in registers.
+constexpr int kColumns = 4;
+constexpr int kMaxThreads = 256;
+// In channels_last two blocks share a multiprocessor's registers, 144 for each thread.
+constexpr int kRowThreads = 224;
+
+// Where a block stands in the map, and a thread in the block; kLane is the number of channels of a lane.
+struct Place {
+    int b, c, column, first, last;  // the block's sample, first channel, first column, and rows [first, last)
+    int part;                       // of the sample's map
+    int columns;                    // in the map
+    int map, lane, strip, group, member;
+    bool active;  // else the thread only fills up the last warp; it does as another one and stores nothing
+
+    __device__ Place(const Tiling& t, const Shape& s, int channels, bool lanes_first) {
+        int block = blockIdx.x;
+        c = block % t.chunks * channels;
+        block /= t.chunks;
+        part = block % t.parts();
+        b = block / t.parts();
+        column = part % t.tiles * t.columns;
+        columns = min(t.columns, static_cast<int>(s.W) - column);
+        first = part / t.tiles * t.rows;
+        last = min(static_cast<int>(s.H), first + t.rows);
+        const int of_map = t.lanes * t.members();
+        active = static_cast<int>(threadIdx.x) < of_map * t.maps;
+        map = active ? threadIdx.x / of_map : 0;
+        const int thread = active ? threadIdx.x % of_map : 0;
+        lane = lanes_first ? thread % t.lanes : thread / t.members();
+        member = lanes_first ? thread / t.lanes : thread % t.members();
+        strip = member % t.strips;
+        group = member / t.strips;
+    }
+};
+
+// One element of the query or the key: a filter of `taps` along the channels.
+template <class A>
+__device__ __forceinline__ A along_channels(const A* y, const A* weight, int64_t taps, int64_t C, int64_t c) {
+    A sum = 0;
+    for (int64_t t = 0; t < taps; ++t) {
+        const int64_t from = c + t - taps / 2;
+        if (from >= 0 && from < C) sum += weight[t] * y[from];
+    }
+    return sum;
+}
+
+// sigmoid(q k^T / sqrt(head_dim)) of the heads of `count` channels from `first` on, in `shared`, by the whole block.
+template <class A>
+__device__ void attend(const Vectors<A>& v, int64_t C, int64_t b, int64_t first, int64_t count, A* shared) {
+    const int64_t head0 = first / v.head_dim, heads = (first + count - 1) / v.head_dim + 1 - head0;
+    for (int64_t h = threadIdx.x / kWarp; h < heads; h += blockDim.x / kWarp) {
+        A score = 0;
+        for (int64_t j = threadIdx.x % kWarp; j < v.head_dim; j += kWarp) {
+            const int64_t c = (head0 + h) * v.head_dim + j;
+            score += along_channels(v.y + b * C, v.query_weight, v.taps, C, c) *
+                     along_channels(v.y + b * C, v.key_weight, v.taps, C, c);
+        }
+        score = warp_sum(score);
+        if (threadIdx.x % kWarp == 0) shared[h] = A(1) / (A(1) + exp(-score / sqrt(A(v.head_dim))));
+    }
+    __syncthreads();
+}
+
+// o is one 3x3 filter over x plus one over carried: attention, lambda and gate are folded into them.
+template <class A>
+__device__ __forceinline__ A x_filter(const Vectors<A>& v, int64_t c, int t, int64_t first, const A* attention) {
+    return attention[c / v.head_dim - first / v.head_dim] * v.value_weight[c * 9 + t];
+}
+
+template <class A>
+__device__ __forceinline__ A carried_filter(const Vectors<A>& v, int64_t C, int64_t b, int64_t c, int t) {
+    const A gate = t != 4 ? A(0) : v.gate ? v.gate[b * C + c] : A(1);
+    return v.carry_scale[c] * (gate + (v.carry_weight ? v.carry_weight[c * 9 + t] : A(0)));
+}
+
+// A thread's strip on its way down the map, kLane channels wide. Each row of the input adds to three rows of the
+// output, so that it is read, and widened, once.
+template <class A, int kLane>
+struct Strip {
+    A done[kColumns][kLane], here[kColumns][kLane] = {}, next[kColumns][kLane] = {};
+
+    // Now the row above the one that is read is finished.
+    __device__ __forceinline__ void advance() {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+            for (int e = 0; e < kLane; ++e) {
+                done[j][e] = here[j][e];
+                here[j][e] = next[j][e];
+                next[j][e] = 0;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void add(const A (&filter)[9][kLane], const A (&row)[kColumns + 2][kLane]) {
+#pragma unroll
+        for (int dx = 0; dx < 3; ++dx) {
+#pragma unroll
+            for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+                for (int e = 0; e < kLane; ++e) {
+                    done[j][e] += filter[6 + dx][e] * row[j + dx][e];
+                    here[j][e] += filter[3 + dx][e] * row[j + dx][e];
+                    next[j][e] += filter[dx][e] * row[j + dx][e];
+                }
+            }
+        }
+    }
+
+    // The same with a filter of which only the centre is there.
+    __device__ __forceinline__ void add_centre(const A (&filter)[kLane], const A (&row)[kColumns + 2][kLane]) {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+            for (int e = 0; e < kLane; ++e) here[j][e] += filter[e] * row[j + 1][e];
+        }
+    }
+};
+
+// What a thread knows of its strip's values: mean and squared deviations by Chan's formula, a row of the strip at a
+// time; `folded` instead sums o and the output that it becomes.
+template <class A, int kLane, bool kFolded>
+struct Gathered {
+    A first[kLane] = {}, second[kLane] = {};
+    int valid, rows = 0;  // columns in the map, rows so far
+    A per_column;
+
+    __device__ explicit Gathered(int valid) : valid(valid), per_column(reciprocal(A(max(valid, 1)))) {}
+
+    __device__ __forceinline__ void add(const A (&o)[kColumns][kLane]) {
+        if (valid <= 0) return;
+        const A share = reciprocal(A(rows + 1)), between = A(valid) * A(rows) * share;
+        ++rows;
+#pragma unroll
+        for (int e = 0; e < kLane; ++e) {
+            A total = o[0][e];
+#pragma unroll
+            for (int j = 1; j < kColumns; ++j) {
+                if (j < valid) total += o[j][e];
+            }
+            const A mean = total * per_column, apart = mean - first[e];
+            A squares = (o[0][e] - mean) * (o[0][e] - mean);
+#pragma unroll
+            for (int j = 1; j < kColumns; ++j) {
+                const A centred = o[j][e] - mean;
+                if (j < valid) squares += centred * centred;
+            }
+            first[e] += apart * share;
+            second[e] += squares + apart * apart * between;
+        }
+    }
+
+    __device__ __forceinline__ void add_pair(int e, A o, A out) {
+        first[e] += o;
+        second[e] += out;
+    }
+
+    __device__ __forceinline__ Moments<A> moments(int e) const {
+        if constexpr (kFolded) return {A(0), first[e], second[e]};
+        return {A(rows) * A(max(valid, 0)), first[e], second[e]};
+    }
+};
+
+// Joins what two sets of values gave.
+template <bool kFolded, class A>
+__device__ __forceinline__ void join(Moments<A>& to, const Moments<A>& from) {
+    if constexpr (kFolded) {
+        to.mean += from.mean;
+        to.deviations += from.deviations;
+    } else {
+        to.merge(from);
+    }
+}
+
+template <bool kFolded, class T>
+__device__ __forceinline__ void write_moments(const Forward<T>& a, int64_t b, int64_t c, const Moments<Acc<T>>& m) {
+    const Acc<T> pixels = kFolded ? Acc<T>(a.shape.HW()) : Acc<T>(1);
+    a.mean[b * a.shape.C + c] = m.mean / pixels;
+    a.other[b * a.shape.C + c] = kFolded ? m.deviations / pixels : m.var();
+}
+
+// Joins what the block's threads found and writes it: the result where the block has seen all of the map, else a part.
+template <bool kFolded, int kLane, class T, class A = Acc<T>>
+__device__ void finish_moments(const Forward<T>& a, const Tiling& t, const Place& p,
+                               const Gathered<A, kLane, kFolded>& found, Moments<A>* shared) {
+    constexpr int kSegments = 8;  // joined side by side, then one after another
+    const int channels = t.lanes * kLane, members = t.members();
+    __syncthreads();
+    if (p.active) {
+#pragma unroll
+        for (int e = 0; e < kLane; ++e) {
+            shared[p.member * channels + p.lane * kLane + e] = found.moments(e);
+        }
+    }
+    __syncthreads();
+    const int length = static_cast<int>(ceil_div(members, kSegments));
+    for (int i = threadIdx.x; i < channels * kSegments; i += blockDim.x) {
+        const int begin = i / channels * length, end = min(members, begin + length);
+        for (int m = begin + 1; m < end; ++m) {
+            join<kFolded>(shared[begin * channels + i % channels], shared[m * channels + i % channels]);
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < channels; i += blockDim.x) {
+        const int64_t c = p.c + i;
+        if (c >= a.shape.C) continue;
+        Moments<A> all = shared[i];
+        for (int m = length; m < members; m += length) join<kFolded>(all, shared[m * channels + i]);
+        if (t.parts() == 1) {
+            write_moments<kFolded>(a, p.b, c, all);
+        } else {
+            reinterpret_cast<Moments<A>*>(a.parts)[(int64_t(p.b) * t.parts() + p.part) * a.shape.C + c] = all;
+        }
+    }
+}
+
+// Joins the parts of a map, in order.
+template <bool kFolded, class T>
+__global__ void __launch_bounds__(kMaxThreads) join_parts(const __grid_constant__ Forward<T> a, int64_t parts) {
+    const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, C = a.shape.C;
+    if (i >= a.shape.B * C) return;
+    const auto* from = reinterpret_cast<const Moments<Acc<T>>*>(a.parts) + i / C * parts * C + i % C;
+    Moments<Acc<T>> all = from[0];
+    for (int64_t k = 1; k < parts; ++k) join<kFolded>(all, from[k * C]);
+    write_moments<kFolded>(a, i / C, i % C, all);
+}
+
+// BatchNorm with constant statistics as one product and one sum, of a thread's channels.
+template <class A, int kLane>
+struct Fold {
+    A scale[kLane] = {}, shift[kLane] = {};
+
+    template <class T>
+    __device__ __forceinline__ Fold(const Forward<T>& a, int64_t c) {
+        if (!a.out) return;
+#pragma unroll
+        for (int e = 0; e < kLane; ++e) {
+            if (c + e >= a.shape.C) return;
+            scale[e] = a.norm_weight[c + e] / sqrt(a.norm_var[c + e] + a.eps);
+            shift[e] = a.norm_bias[c + e] - a.norm_mean[c + e] * scale[e];
+        }
+    }
+};
+
+}  // namespace dla::light_update
