@@ -74,7 +74,7 @@ def cases(shape: list[int], memory_format: torch.memory_format) -> Iterator[tupl
     yield "gap_dsu", 1, 0, step, [x, h_, c_, *weights]
     yield "refresh_gates", 0, 0, refresh, [keys, gates, h_, c_, *weights]
     # V from x, o from the V's, out from both; backward sums, o's gradient and V's, x's
-    yield f"layer_attention, {t} layers", t + 6, t + 10, attend, [x, q, keys, gates, value_weight, scale, bias]
+    yield f"layer_attention, {t} layers", t + 6, t + 11, attend, [x, q, keys, gates, value_weight, scale, bias]
     update_args = [x, y, value_weight, o, scale, gate, scale, bias]
     yield "light_update", 6, 9, update, update_args
     yield "light_update, filtered carry", 6, 9, update, [*update_args, carry_weight]
