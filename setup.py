@@ -18,6 +18,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import ExecError
 from setuptools.modified import newer_group
 
 ROOT = Path(__file__).parent.resolve()
@@ -92,7 +93,10 @@ class BuildExt(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name == "dla_kernels._C_cuda":
-            self.build_cuda(ext)
+            try:
+                self.build_cuda(ext)
+            except ExecError as error:
+                raise SystemExit(f"{error}; DLA_KERNELS_CUDA=0 installs without the CUDA kernels") from error
             return
         compile_one = self.compiler.compile
 

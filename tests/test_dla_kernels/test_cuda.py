@@ -137,5 +137,8 @@ def test_network(name):
         with dla_kernels.use_backend(backend):
             model(x).square().sum().backward()
         grads.append({n: p.grad for n, p in model.named_parameters()})
+    # What the next stage's BatchNorms take out again has a gradient of zero, of which rounding alone is left.
+    largest = max(g.norm() for g in grads[1].values())
     for parameter, expected in grads[1].items():
-        assert_close(grads[0][parameter], expected, 1e-8, parameter)
+        error = (grads[0][parameter] - expected).norm()
+        assert error <= 1e-8 * max(expected.norm(), 1e-3 * largest), parameter

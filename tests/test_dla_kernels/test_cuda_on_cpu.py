@@ -97,7 +97,7 @@ def test_running_statistics(order, momentum, dtype):
 
 
 @pytest.mark.skipif("light_update" not in build.OPS, reason="the whole network needs every op")
-@pytest.mark.parametrize("name", ["resnet8_dla_l", "resnet8_dla_b"])
+@pytest.mark.parametrize("name", ["resnet20_dla_l", "resnet20_dla_b"])
 @pytest.mark.slow
 def test_network(name, order):
     import dla
@@ -109,8 +109,11 @@ def test_network(name, order):
         with dla_kernels.use_backend(chosen):
             model(torch.randn(2, 3, 16, 16, dtype=torch.float64)).square().sum().backward()
         grads.append({n: p.grad for n, p in model.named_parameters()})
+    # What the next stage's BatchNorms take out again has a gradient of zero, of which rounding alone is left.
+    largest = max(g.norm() for g in grads[1].values())
     for parameter, expected in grads[1].items():
-        assert_close(grads[0][parameter], expected, 1e-9, parameter)
+        error = (grads[0][parameter] - expected).norm()
+        assert error <= 1e-9 * max(expected.norm(), 1e-3 * largest), parameter
 
 
 @pytest.fixture(scope="session")
