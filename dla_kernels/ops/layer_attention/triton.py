@@ -33,8 +33,8 @@ from dla_kernels.triton.maps import (
     walkable,
 )
 
-#: The most maps that a launch reads.
-LAYERS = 32
+#: The most maps that a launch reads: the loads of more, and their weights, do not fit into the registers.
+LAYERS = 16
 
 
 @triton.jit

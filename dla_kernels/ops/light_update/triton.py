@@ -28,7 +28,7 @@ from dla_kernels.triton.maps import (
 
 #: (elements, warps) of a tile, the default first. The backward keeps up to 18 sums in each lane: one element a thread
 #: leaves the registers for them.
-FORWARD_SIZES = ((1024, 4), (512, 4), (2048, 8))
+FORWARD_SIZES = ((512, 4), (256, 4), (1024, 8))
 BACKWARD_SIZES = ((256, 8), (128, 4), (512, 8))
 
 
@@ -61,11 +61,17 @@ def attention(y, query_weight, key_weight, c, C, HEAD_DIM: tl.constexpr, BLOCK_D
 
 
 @triton.jit
-def tap_inside(c, p, dy, dx, C, H, W):
-    """Which pixels of a tile have this neighbour."""
-    beyond = p + dy * W
-    column = p % W + dx
-    return (c < C)[:, None] & ((beyond >= 0) & (beyond < H * W) & (column >= 0) & (column < W))[None, :]
+def neighbours(c, p, TAP: tl.constexpr, C, H, W):
+    """The pixels that lie under a tap of the filter around those of a tile, and which of them exist."""
+    dy: tl.constexpr = TAP // 3 - 1
+    dx: tl.constexpr = TAP % 3 - 1
+    row = p + dy * W
+    inside = (row >= 0) & (row < H * W)
+    if dx < 0:
+        inside &= p % W > 0
+    if dx > 0:
+        inside &= p % W < W - 1
+    return row + dx, (c < C)[:, None] & inside[None, :]
 
 
 @triton.jit
@@ -73,10 +79,8 @@ def depthwise3x3(x, weight, b, c, p, C, H, W, A: tl.constexpr):
     """A tile of the map convolved channel by channel with the filters [C, 9], zero-padded by one."""
     total = tl.zeros([c.shape[0], p.shape[0]], A)
     for tap in tl.static_range(9):
-        dy: tl.constexpr = tap // 3 - 1
-        dx: tl.constexpr = tap % 3 - 1
-        inside = tap_inside(c, p, dy, dx, C, H, W)
-        total += vector(weight + tap, 9 * c, 9 * C) * load(x, b, c, p + dy * W + dx, inside, A)
+        there, exists = neighbours(c, p, tap, C, H, W)
+        total += vector(weight + tap, 9 * c, 9 * C) * load(x, b, c, there, exists, A)
     return total
 
 
@@ -162,11 +166,8 @@ def _backward(
         products = ()
         carry_products = ()
         for tap in tl.static_range(9):
-            # Tap t of the output at p - t met the input at p.
-            dy: tl.constexpr = 1 - tap // 3
-            dx: tl.constexpr = 1 - tap % 3
-            there = p + dy * W + dx
-            exists = tap_inside(c, p, dy, dx, C, H, W)
+            # The input at p met this tap at the output on the other side.
+            there, exists = neighbours(c, p, 8 - tap, C, H, W)
             grad = load(grad_out, b, c, there, exists, A) + from_out
             d = through_norm(
                 grad * factor, load(o, b, c, there, exists, A) - center, inverse, scale, mean_bias, mean_weight
