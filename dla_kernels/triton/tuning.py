@@ -7,6 +7,7 @@ agree to the bit only without tuning.
 """
 
 import functools
+import itertools
 import json
 import os
 import statistics
@@ -60,7 +61,7 @@ def _time(function: Callable[[], object]) -> float:
         mark.record()
         function()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False))
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
 
 
 def _file() -> Path:

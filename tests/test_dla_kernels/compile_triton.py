@@ -80,7 +80,8 @@ def compile_only(seen: set[str]):
 
 
 def every_tile(kernel, x, candidates, launch):
-    return [launch(tile) for tile in dict.fromkeys(candidates)][0]
+    *_, result = [launch(tile) for tile in dict.fromkeys(candidates)]
+    return result
 
 
 def calls(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format) -> dict:
@@ -108,8 +109,10 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memor
             attention = m(), v(B, C), v(1, 1, 5), v(1, 1, 5), v(C, 1, 3, 3), *carry
             op.forward(*attention, 32)
             op.folded(*attention, v(C), v(C), v(C), v(C), 1e-5, 32, True)
-            grads = m(), v(B, C), m(), v(B, C)
-            op.backward(*grads, m(), *(v(C) for _ in range(5)), v(B), 1e-5, 9, *attention, 32, True, carry[0] is not None)
+            op.backward(
+                m(), v(B, C), m(), v(B, C), m(), *(v(C) for _ in range(5)), v(B), 1e-5, 9, *attention, 32, True,
+                carry[0] is not None,
+            )  # fmt: skip
 
     def layer_attention(op):
         for T, later in ((1, 2), (4, 0), (16, 1), (36, 0)):
