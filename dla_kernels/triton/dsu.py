@@ -204,7 +204,9 @@ def activation_slope(c, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def gate_input(s, w2, b2, GATE: tl.constexpr, n, N, c, C, R, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
+def gate_input(
+    s, w2, b2, GATE: tl.constexpr, n, N, c, C, R, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """z [rows, channels] of one of the three gates, the sum of all branches."""
     total = tl.zeros([BLOCK_N, BLOCK_C], s[0].dtype.element_ty)
     row = (GATE * C + c).to(tl.int64)
@@ -215,7 +217,10 @@ def gate_input(s, w2, b2, GATE: tl.constexpr, n, N, c, C, R, BLOCK_N: tl.constex
 
 
 @triton.jit
-def step(s, w2, b2, prior, ORDER: tl.constexpr, n, N, c, C, R, T, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
+def step(
+    s, w2, b2, prior, ORDER: tl.constexpr, n, N, c, C, R, T, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """The gates tanh(c~), sigmoid(i), sigmoid(f), the prior context of every row's sample and the new one."""
     candidate = tanh(gate_input(s, w2, b2, ORDER[0], n, N, c, C, R, BLOCK_N, BLOCK_C, BLOCK_K))
     i = sigmoid(gate_input(s, w2, b2, ORDER[1], n, N, c, C, R, BLOCK_N, BLOCK_C, BLOCK_K))

@@ -64,7 +64,13 @@ def check(call: Call, limit: float) -> None:
         assert_close(actual.cpu(), wanted, limit, name)
 
 
-@pytest.mark.parametrize("make", ROWS)
+# Minutes in the interpreter.
+LONG = {f"{op}-{row}" for op in ("light_update", "layer_attention") for row in ("several runs of rows", "deep stage")}
+
+
+@pytest.mark.parametrize(
+    "make", [pytest.param(*row.values, id=row.id, marks=pytest.mark.slow if row.id in LONG else ()) for row in ROWS]
+)
 def test_matches_the_reference(make):
     check(make(dtype=torch.float32), LIMITS[torch.float32])
 

@@ -150,6 +150,7 @@ def _backward(
     zero = tl.zeros([BLOCK_C, BLOCK_P], A)
     of_value = (zero, zero, zero, zero, zero, zero, zero, zero, zero)
     of_carry = of_value if carry_weight is not None else (zero,)
+    of_attention = zero
     if carried is not None:
         lambda_ = vector(carry_scale, c, C)
         gate_value = tl.full([BLOCK_C, 1], 1.0, A)
@@ -188,6 +189,7 @@ def _backward(
                 elif tap == 4:
                     carry_products = carry_products + (of_carry[0] + d * carried_here,)
         of_value = products
+        of_attention += to_x * x_here  # the same sum as of D V, with less to cancel than in the taps' sums
         if carried is not None:
             of_carry = carry_products
         if grad_x is not None:
@@ -195,12 +197,10 @@ def _backward(
         if grad_carried is not None:
             store(grad_carried, b, c, p, inside, lambda_ * to_carried)
     at = b * C + c
-    of_attention = tl.zeros([BLOCK_C], A)
     for tap in tl.static_range(9):
         tap_sum = tl.sum(of_value[tap], 1)
-        of_attention += tl.load(value_weight + 9 * c + tap, mask=c < C, other=0.0) * tap_sum
         tl.store(value_parts + 9 * at + tap, tl.sum(a, 1) * tap_sum, mask=c < C)
-    tl.store(attention_parts + at, of_attention, mask=c < C)
+    tl.store(attention_parts + at, tl.sum(of_attention, 1), mask=c < C)
     if carried is not None:
         lambda_vector = tl.load(carry_scale + c, mask=c < C, other=0.0)
         here = tl.sum(of_carry[4 if carry_weight is not None else 0], 1)

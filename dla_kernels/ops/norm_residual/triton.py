@@ -172,7 +172,8 @@ def sums(
     o = walkable(o)
     parts = [weight.new_empty(o.shape[:2]) for _ in range(3 if need_keep else 2)]
     walk(
-        _sums, o, map_beside(grad_out, o), dense(grad_y), as_map(o), map_beside(out, o), *map(dense, (mean, var, weight, bias, keep)), *parts, *([] if need_keep else [None]), o.shape[1],
+        _sums, o, map_beside(grad_out, o), dense(grad_y), as_map(o), map_beside(out, o),
+        *map(dense, (mean, var, weight, bias, keep)), *parts, *([] if need_keep else [None]), o.shape[1],
         o.shape[2] * o.shape[3], EPS=eps, RELU=relu,
     )  # fmt: skip
     if not need_keep:
@@ -201,7 +202,8 @@ def backward(
     grad_o = empty_map_like(o)
     grad_x = empty_map_like(o) if need_x else None
     walk(
-        _backward, o, map_beside(grad_out, o), dense(grad_y), as_map(o), map_beside(out, o), *map(dense, (mean, var, weight, bias, sum_weight, sum_bias, keep)), as_map(grad_x), as_map(grad_o),
+        _backward, o, map_beside(grad_out, o), dense(grad_y), as_map(o), map_beside(out, o),
+        *map(dense, (mean, var, weight, bias, sum_weight, sum_bias, keep)), as_map(grad_x), as_map(grad_o),
         o.shape[1], o.shape[2] * o.shape[3], count, EPS=eps, RELU=relu,
     )  # fmt: skip
     return o.new_empty(0) if grad_x is None else grad_x, grad_o
