@@ -1,8 +1,8 @@
 """Which implementation of an op runs: the backends, and the choice between them.
 
 A backend is asked for by an op's argument ``backend``, else by :func:`use_backend`, else by the environment variable
-``DLA_KERNELS_BACKEND``, else it is "auto": the first of :data:`BACKENDS` that can run. One that is asked for by name
-runs or raises its reason; only "auto" falls back.
+``DLA_KERNELS_BACKEND``, else it is "auto": the first of :data:`BACKENDS` that can run, Triton's interpreter left out.
+One that is asked for by name runs or raises its reason; only "auto" falls back.
 """
 
 import contextlib
@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import torch
 
-from dla_kernels import native
+from dla_kernels import native, triton
 
 #: By name, the one that "auto" prefers first.
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "triton", "reference")
 ENVIRONMENT = "DLA_KERNELS_BACKEND"
 
 _in_context: list[str] = []
@@ -33,7 +33,9 @@ def use_backend(name: str) -> Iterator[None]:
 
 def backends() -> dict[str, bool | str]:
     """The backends by name: True for one that runs on some device here, otherwise the reason why it does not."""
-    return {name: native.ERROR or True if name == "native" else True for name in BACKENDS}
+    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+    reasons = {name: [why_not(name, device) for device in devices] for name in BACKENDS}
+    return {name: True if None in given else given[-1] for name, given in reasons.items()}
 
 
 def can_run(backend: str, device: torch.device, raise_error: bool = False) -> bool:
@@ -59,7 +61,9 @@ def choose(device: torch.device, backend: str | None = None) -> str:
     if asked != "auto":
         can_run(asked, device, raise_error=True)
         return asked
-    return next(name for name in BACKENDS if can_run(name, device))
+    return next(
+        name for name in BACKENDS if can_run(name, device) and not (name == "triton" and triton.interpreting())
+    )  # fmt: skip
 
 
 def _asked(backend: str | None) -> str:
@@ -80,4 +84,4 @@ def why_not(backend: str, device: torch.device) -> str | None:
     """The reason why ``backend`` cannot run ops on ``device``; None where it can."""
     if backend == "reference":
         return None
-    return native.why_not(device)
+    return triton.why_not(device) if backend == "triton" else native.why_not(device)

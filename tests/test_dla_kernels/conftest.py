@@ -1,5 +1,11 @@
+import os
+
 import pytest
 import torch
+
+# Before any kernel is imported: Triton decides then whether to interpret it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

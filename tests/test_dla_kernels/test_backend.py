@@ -58,7 +58,7 @@ def test_argument_before_context_before_environment(monkeypatch):
 
 
 def test_unknown_names(monkeypatch):
-    allowed = "must be one of auto, native, reference, got 'cudnn'"
+    allowed = "must be one of auto, native, triton, reference, got 'cudnn'"
     with pytest.raises(ValueError, match=f"`backend` {allowed}"):
         backend.choose(CPU, "cudnn")
     with pytest.raises(ValueError, match=f"`name` {allowed}"), dla_kernels.use_backend("cudnn"):
@@ -71,7 +71,9 @@ def test_unknown_names(monkeypatch):
 @pytest.mark.usefixtures("without_native")
 def test_only_auto_falls_back(monkeypatch):
     assert backend.choose(CPU) == "reference"
-    assert dla_kernels.backends() == {"native": "dla_kernels._C was not built", "reference": True}
+    found = dla_kernels.backends()
+    assert list(found) == ["native", "triton", "reference"]
+    assert (found["native"], found["reference"]) == ("dla_kernels._C was not built", True)
     assert not backend.can_run("native", CPU)
     with pytest.raises(RuntimeError, match=r"backend native: dla_kernels._C was not built"):
         backend.choose(CPU, "native")

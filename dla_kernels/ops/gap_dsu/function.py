@@ -3,11 +3,14 @@
 import torch
 from torch import Tensor
 
-from dla_kernels import double_backward
-from dla_kernels.native import empty_dense_like, library_ops
+from dla_kernels import double_backward, native, triton
+from dla_kernels.native import empty_dense_like
 
 
-def fake_forward(x, h, c, carried, weights, joint, activation, of_context):
+def fake_forward(
+    x: Tensor, h: Tensor, c: Tensor, carried: Tensor | None, weights: Tensor, joint: bool, activation: int,
+    of_context: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         h.new_empty(h.shape if x.dim() == 4 else 0),
         empty_dense_like(h),
@@ -16,7 +19,10 @@ def fake_forward(x, h, c, carried, weights, joint, activation, of_context):
     )
 
 
-def fake_backward(grad_y, grad_h, grad_c, grad_gate, y, h, c, carried, weights, joint, activation, of_context):
+def fake_backward(
+    grad_y: Tensor | None, grad_h: Tensor | None, grad_c: Tensor | None, grad_gate: Tensor | None, y: Tensor,
+    h: Tensor, c: Tensor, carried: Tensor | None, weights: Tensor, joint: bool, activation: int, of_context: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         *(empty_dense_like(t) for t in (y, h, c)),
         h.new_empty(0 if carried is None else h.shape),
@@ -25,7 +31,10 @@ def fake_backward(grad_y, grad_h, grad_c, grad_gate, y, h, c, carried, weights, 
 
 
 #: {backend: its ops}
-BACKENDS = {"native": library_ops("gap_dsu", forward=fake_forward, backward=fake_backward)}
+BACKENDS = {
+    name: module.library_ops("gap_dsu", forward=fake_forward, backward=fake_backward)
+    for name, module in (("native", native), ("triton", triton))
+}
 
 
 class GapDsu(torch.autograd.Function):

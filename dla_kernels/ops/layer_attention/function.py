@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dla_kernels import double_backward
+from dla_kernels import double_backward, native, triton
 from dla_kernels.batch_norm import BatchNorm, gradient_sums
-from dla_kernels.native import empty_dense_like, empty_map_like, library_ops
+from dla_kernels.native import empty_dense_like, empty_map_like
 from dla_kernels.ops.light_update import function as light_update
 from dla_kernels.ops.norm_residual import function as norm_residual
 
@@ -38,18 +38,25 @@ class Layer(NamedTuple):
     handles: tuple[Handle, ...] = ()
 
 
-def fake_forward(q, k, values, gates, head_dim):
+def fake_forward(
+    q: Tensor, k: Tensor, values: Sequence[Tensor], gates: Tensor, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
     return empty_map_like(values[0]), torch.empty_like(q), torch.empty_like(q)
 
 
-def fake_folded(q, k, values, gates, x, mean, var, weight, bias, eps, head_dim):
+def fake_folded(
+    q: Tensor, k: Tensor, values: Sequence[Tensor], gates: Tensor, x: Tensor, mean: Tensor, var: Tensor,
+    weight: Tensor, bias: Tensor, eps: float, head_dim: int,
+) -> Tensor:  # fmt: skip
     return empty_map_like(x)
 
 
 def fake_backward(
-    grad_out, o, mean, var, weight, bias, sum_weight, sum_bias, keep, eps, count, q, k, values, gates, later_grads,
-    later_weights, head_dim, need_value,
-):  # fmt: skip
+    grad_out: Tensor, o: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, sum_weight: Tensor | None,
+    sum_bias: Tensor | None, keep: Tensor | None, eps: float, count: int, q: Tensor, k: Tensor,
+    values: Sequence[Tensor], gates: Tensor, later_grads: Sequence[Tensor], later_weights: Sequence[Tensor],
+    head_dim: int, need_value: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         *(empty_dense_like(t) for t in (q, k, gates)),
         empty_map_like(o),
@@ -63,8 +70,9 @@ RELU = norm_residual.RELU["branch"]
 
 #: {backend: its ops}
 BACKENDS = {
-    "native": library_ops("layer_attention", forward=fake_forward, folded=fake_folded, backward=fake_backward)
-}  # fmt: skip
+    name: module.library_ops("layer_attention", forward=fake_forward, folded=fake_folded, backward=fake_backward)
+    for name, module in (("native", native), ("triton", triton))
+}
 
 
 def folded(

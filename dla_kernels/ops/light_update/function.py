@@ -3,31 +3,35 @@
 import torch
 from torch import Tensor
 
-from dla_kernels import double_backward
+from dla_kernels import double_backward, native, triton
 from dla_kernels.batch_norm import BatchNorm, gradient_sums
-from dla_kernels.native import empty_dense_like, empty_map_like, library_ops
+from dla_kernels.native import empty_dense_like, empty_map_like
 from dla_kernels.ops.norm_residual import function as norm_residual
 
 
 def fake_forward(
-    x, y, query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight, head_dim
-):  # fmt: skip
+    x: Tensor, y: Tensor, query_weight: Tensor, key_weight: Tensor, value_weight: Tensor, carried: Tensor | None,
+    carry_scale: Tensor | None, gate: Tensor | None, carry_weight: Tensor | None, head_dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return empty_map_like(x), y.new_empty(x.shape[:2]), y.new_empty(x.shape[:2])
 
 
 def fake_folded(
-    x, y, query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight, mean, var, weight,
-    bias, eps, head_dim, need_o,
-):  # fmt: skip
+    x: Tensor, y: Tensor, query_weight: Tensor, key_weight: Tensor, value_weight: Tensor, carried: Tensor | None,
+    carry_scale: Tensor | None, gate: Tensor | None, carry_weight: Tensor | None, mean: Tensor, var: Tensor,
+    weight: Tensor, bias: Tensor, eps: float, head_dim: int, need_o: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     o = empty_map_like(x) if need_o else x.new_empty(0)
     return empty_map_like(x), y.new_empty(x.shape[:2]), o, y.new_empty(x.shape[:2])
 
 
 def fake_backward(
-    grad_out, grad_out_mean, grad_o, grad_o_mean, o, mean, var, weight, sum_weight, sum_bias, keep, eps, count,
-    x, y, query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight, head_dim, need_x,
-    need_carried,
-):  # fmt: skip
+    grad_out: Tensor, grad_out_mean: Tensor | None, grad_o: Tensor | None, grad_o_mean: Tensor | None, o: Tensor,
+    mean: Tensor, var: Tensor, weight: Tensor, sum_weight: Tensor | None, sum_bias: Tensor | None,
+    keep: Tensor | None, eps: float, count: int, x: Tensor, y: Tensor, query_weight: Tensor, key_weight: Tensor,
+    value_weight: Tensor, carried: Tensor | None, carry_scale: Tensor | None, gate: Tensor | None,
+    carry_weight: Tensor | None, head_dim: int, need_x: bool, need_carried: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     def map_if(need):
         return empty_map_like(o) if need else o.new_empty(0)
 
@@ -44,8 +48,9 @@ def fake_backward(
 
 #: {backend: its ops}
 BACKENDS = {
-    "native": library_ops("light_update", forward=fake_forward, folded=fake_folded, backward=fake_backward)
-}  # fmt: skip
+    name: module.library_ops("light_update", forward=fake_forward, folded=fake_folded, backward=fake_backward)
+    for name, module in (("native", native), ("triton", triton))
+}
 
 
 def folded(

@@ -4,33 +4,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dla_kernels import double_backward
+from dla_kernels import double_backward, native, triton
 from dla_kernels.batch_norm import BatchNorm, across, gradient_sums
-from dla_kernels.native import empty_dense_like, empty_map_like, library_ops
+from dla_kernels.native import empty_dense_like, empty_map_like
 from dla_kernels.ops.norm_residual import reference
 
 #: Where a ReLU may stand, as the library ops count the places.
 RELU = {None: 0, "branch": 1, "sum": 2}
 
 
-def fake_moments(o):
+def fake_moments(o: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if o.dtype == torch.float64 else torch.float32
     return tuple(o.new_empty(o.shape[:2], dtype=dtype) for _ in range(2))
 
 
-def fake_forward(x, o, mean, var, weight, bias, keep, eps, relu):
+def fake_forward(
+    x: Tensor, o: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None, eps: float,
+    relu: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     channels = x.shape[1]
     vectors = weight.new_empty(x.shape[:2]), weight.new_empty(channels), weight.new_empty(channels)
     return empty_map_like(x), *vectors
 
 
-def fake_sums(grad_out, grad_y, o, out, mean, var, weight, bias, keep, eps, relu, need_keep):
+def fake_sums(
+    grad_out: Tensor, grad_y: Tensor | None, o: Tensor, out: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor,
+    bias: Tensor, keep: Tensor | None, eps: float, relu: int, need_keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return empty_dense_like(weight), empty_dense_like(bias), weight.new_empty(o.shape[0] if need_keep else 0)
 
 
 def fake_backward(
-    grad_out, grad_y, o, out, mean, var, weight, bias, sum_weight, sum_bias, keep, eps, relu, count, need_x
-):
+    grad_out: Tensor, grad_y: Tensor | None, o: Tensor, out: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor,
+    bias: Tensor, sum_weight: Tensor | None, sum_bias: Tensor | None, keep: Tensor | None, eps: float, relu: int,
+    count: int, need_x: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return empty_map_like(o) if need_x else o.new_empty(0), empty_map_like(o)
 
 
@@ -38,12 +46,14 @@ def fake_update(running_mean, running_var, num_batches_tracked, mean, var, momen
     return None
 
 
+_fakes = {"moments": fake_moments, "forward": fake_forward, "sums": fake_sums, "backward": fake_backward}
+
 #: {backend: its ops}
-BACKENDS = {"native": library_ops(
-    "norm_residual",
-    moments=fake_moments, forward=fake_forward, sums=fake_sums, backward=fake_backward,
-    update_running_stats=fake_update,
-)}  # fmt: skip
+BACKENDS = {
+    "native": native.library_ops("norm_residual", **_fakes, update_running_stats=fake_update),
+    "triton": triton.library_ops("norm_residual", **_fakes),
+}
+BACKENDS["triton"].update_running_stats = reference.update_running_stats  # a few vectors
 
 
 def count_of(o: Tensor) -> int:

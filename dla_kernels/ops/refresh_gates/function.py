@@ -3,20 +3,29 @@
 import torch
 from torch import Tensor
 
-from dla_kernels import double_backward
-from dla_kernels.native import empty_dense_like, library_ops
+from dla_kernels import double_backward, native, triton
+from dla_kernels.native import empty_dense_like
 
 
-def fake_forward(features, gates, h, c, weights, joint, activation, of_context):
+def fake_forward(
+    features: Tensor, gates: Tensor, h: Tensor, c: Tensor, weights: Tensor, joint: bool, activation: int,
+    of_context: bool,
+) -> Tensor:  # fmt: skip
     return empty_dense_like(gates)
 
 
-def fake_backward(grad, features, gates, h, c, weights, joint, activation, of_context):
+def fake_backward(
+    grad: Tensor, features: Tensor, gates: Tensor, h: Tensor, c: Tensor, weights: Tensor, joint: bool,
+    activation: int, of_context: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return tuple(empty_dense_like(t) for t in (features, gates, h, c, weights))
 
 
 #: {backend: its ops}
-BACKENDS = {"native": library_ops("refresh_gates", forward=fake_forward, backward=fake_backward)}
+BACKENDS = {
+    name: module.library_ops("refresh_gates", forward=fake_forward, backward=fake_backward)
+    for name, module in (("native", native), ("triton", triton))
+}
 
 
 class RefreshGates(torch.autograd.Function):

@@ -1,0 +1,364 @@
+"""``layer_attention`` in Triton.
+
+A kernel takes its maps as a tuple, so that the loop over layers is unrolled and all loads of a tile are under way at
+once. A tuple is filled up to a power of two, so that few kernels are compiled, and holds at most :data:`LAYERS` maps;
+the sums over more of them are handed from launch to launch in the state's dtype.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dla_kernels.common import accumulate_dtype
+from dla_kernels.native import empty_map_like
+from dla_kernels.triton import tuning
+from dla_kernels.triton.batch_norm import means, normalisation, relu, through_norm
+from dla_kernels.triton.maps import (
+    SIZES,
+    Map,
+    Tile,
+    add_to_moments,
+    as_map,
+    dense,
+    lanes_together,
+    load,
+    map_beside,
+    place,
+    store,
+    tile_of,
+    walk,
+    walkable,
+)
+
+#: The most maps that a launch reads: the loads of more, and their weights, do not fit into the registers.
+LAYERS = 16
+
+
+@triton.jit
+def scores(q, k, b, t, T, i, C, inside, HEAD_DIM: tl.constexpr):
+    """q k^T / sqrt(D) of a block of layers t and the head of the channels i."""
+    product = tl.load(q + b * C + i, mask=inside, other=0.0)[None, :] * layer_rows(k, b, t, T, i, C, inside)
+    score = tl.sum(product, 1)
+    return score / tl.sqrt(tl.full((), HEAD_DIM, score.dtype))
+
+
+@triton.jit
+def layer_rows(x, b, t, T, i, C, inside):
+    """[layers, channels of a head] of x [B, T, C]."""
+    return tl.load(
+        x + (b * T + t)[:, None] * C + i[None, :], mask=(t < T)[:, None] & inside[None, :], other=0.0
+    )  # fmt: skip
+
+
+@triton.jit
+def softmax_scale(q, k, b, T, i, C, inside, HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr):
+    """The largest score over all layers, and the sum of exponentials relative to it."""
+    largest = tl.full([BLOCK_T], float("-inf"), q.dtype.element_ty)
+    for start in range(0, T, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        score = scores(q, k, b, t, T, i, C, inside, HEAD_DIM)
+        largest = tl.maximum(largest, tl.where(t < T, score, float("-inf")), propagate_nan=tl.PropagateNan.ALL)
+    top = tl.max(largest, 0)
+    total = tl.zeros([BLOCK_T], q.dtype.element_ty)
+    for start in range(0, T, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        total += tl.where(t < T, tl.exp(scores(q, k, b, t, T, i, C, inside, HEAD_DIM) - top), 0.0)
+    return top, tl.sum(total, 0)
+
+
+@triton.jit
+def _weights(
+    q, k, gates, weights, C, T, HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """The softmax over the layers times their gates; a program for each sample and head."""
+    heads = C // HEAD_DIM
+    b = (tl.program_id(0) // heads).to(tl.int64)
+    j = tl.arange(0, BLOCK_D)
+    i = tl.program_id(0) % heads * HEAD_DIM + j
+    inside = j < HEAD_DIM
+    top, total = softmax_scale(q, k, b, T, i, C, inside, HEAD_DIM, BLOCK_T)
+    for start in range(0, T, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        a = tl.exp(scores(q, k, b, t, T, i, C, inside, HEAD_DIM) - top) / total
+        value = a[:, None] * layer_rows(gates, b, t, T, i, C, inside)
+        tl.store(
+            weights + (b * T + t)[:, None] * C + i[None, :], value, mask=(t < T)[:, None] & inside[None, :]
+        )  # fmt: skip
+
+
+@triton.jit
+def _weights_backward(
+    q, k, gates, grad_weights, grad_q, grad_k, grad_gates, C, T, part, PARTS, HEAD_DIM: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """From the gradient of the weights, in PARTS parts [B, T, C] that are ``part`` elements apart."""
+    heads = C // HEAD_DIM
+    b = (tl.program_id(0) // heads).to(tl.int64)
+    j = tl.arange(0, BLOCK_D)
+    i = tl.program_id(0) % heads * HEAD_DIM + j
+    inside = j < HEAD_DIM
+    top, total = softmax_scale(q, k, b, T, i, C, inside, HEAD_DIM, BLOCK_T)
+    # The softmax takes out the mean of the gradient of a, weighted by a.
+    weighted = tl.zeros([BLOCK_T], q.dtype.element_ty)
+    for start in range(0, T, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        a = tl.exp(scores(q, k, b, t, T, i, C, inside, HEAD_DIM) - top) / total
+        grad = added_up(grad_weights, PARTS, part, b, t, T, i, C, inside, BLOCK_T, BLOCK_D)
+        grad_a = tl.sum(grad * layer_rows(gates, b, t, T, i, C, inside), 1)
+        weighted += tl.where(t < T, a * grad_a, 0.0)
+        tl.store(
+            grad_gates + (b * T + t)[:, None] * C + i[None, :], grad * a[:, None],
+            mask=(t < T)[:, None] & inside[None, :],
+        )  # fmt: skip
+    mean = tl.sum(weighted, 0)
+    of_q = tl.zeros([BLOCK_D], q.dtype.element_ty)
+    query = tl.load(q + b * C + i, mask=inside, other=0.0)
+    for start in range(0, T, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        a = tl.exp(scores(q, k, b, t, T, i, C, inside, HEAD_DIM) - top) / total
+        grad = added_up(grad_weights, PARTS, part, b, t, T, i, C, inside, BLOCK_T, BLOCK_D)
+        grad_a = tl.sum(grad * layer_rows(gates, b, t, T, i, C, inside), 1)
+        grad_score = tl.where(t < T, a * (grad_a - mean), 0.0) / tl.sqrt(tl.full((), HEAD_DIM, a.dtype))
+        of_q += tl.sum(grad_score[:, None] * layer_rows(k, b, t, T, i, C, inside), 0)
+        tl.store(
+            grad_k + (b * T + t)[:, None] * C + i[None, :], grad_score[:, None] * query[None, :],
+            mask=(t < T)[:, None] & inside[None, :],
+        )  # fmt: skip
+    tl.store(grad_q + b * C + i, of_q, mask=inside)
+
+
+@triton.jit
+def added_up(
+    x, PARTS, part, b, t, T, i, C, inside, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    total = tl.zeros([BLOCK_T, BLOCK_D], x.dtype.element_ty)
+    for n in range(PARTS):
+        total += layer_rows(x + tl.cast(n, tl.int64) * part, b, t, T, i, C, inside)
+    return total
+
+
+@triton.jit
+def layer_weight(weights, m, count, first, T, b, c, C):
+    """[channels] of the weights [B, T, C] of map m of a launch, as a column; 0 where the map only fills the tuple."""
+    return tl.load(weights + (b * T + first + m) * C + c, mask=c < tl.where(m < count, C, 0), other=0.0)[:, None]
+
+
+@triton.jit
+def weighted_sum(total, maps, weights, count, first, T, b, c, p, C, HW, A: tl.constexpr):
+    """total + the first ``count`` of the maps, which are those from ``first`` on of T, times their weights."""
+    for m in tl.static_range(len(maps)):
+        there = (c < C)[:, None] & (p < tl.where(m < count, HW, 0))[None, :]
+        total += layer_weight(weights, m, count, first, T, b, c, C) * load(maps[m], b, c, p, there, A)
+    return total
+
+
+@triton.jit
+def _forward(
+    maps, weights, count, first, T, before, after, o, o_mean, o_var, x, norm_mean, norm_var, weight, bias, out, C, HW,
+    EPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """o and its moments, or ``out``; where there is an ``after``, only the sum so far."""
+    b, c = place(tl.program_id(0), C, BLOCK_C)
+    A: tl.constexpr = weights.dtype.element_ty
+    mean = tl.zeros([BLOCK_C, BLOCK_P], A)
+    m2 = tl.zeros([BLOCK_C, BLOCK_P], A)
+    if out is not None:
+        center, _, scale, shift = normalisation(norm_mean, norm_var, weight, bias, c, C, EPS)
+    for start in range(0, HW, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        inside = (c < C)[:, None] & (p < HW)[None, :]
+        total = tl.zeros([BLOCK_C, BLOCK_P], A)
+        if before is not None:
+            total = load(before, b, c, p, inside, A)
+        total = weighted_sum(total, maps, weights, count, first, T, b, c, p, C, HW, A)
+        if after is not None:
+            store(after, b, c, p, inside, total)
+        elif out is not None:
+            value = load(x, b, c, p, inside, A) + relu((total - center) * scale + shift)
+            store(out, b, c, p, inside, value)
+        else:
+            store(o, b, c, p, inside, total)
+            mean, m2 = add_to_moments(mean, m2, total, inside, start // BLOCK_P + 1)
+    if o_mean is not None:
+        mean_of_o, var_of_o = lanes_together(mean, m2, HW, BLOCK_P)
+        tl.store(o_mean + b * C + c, mean_of_o, mask=c < C)
+        tl.store(o_var + b * C + c, var_of_o, mask=c < C)
+
+
+@triton.jit
+def _backward(
+    grad_out, o, mean, var, weight, bias, sum_weight, sum_bias, keep, values_per_channel, values, weights, parts,
+    value_count, later, later_weights, later_count, first, T, later_T, before, after, grad_o, grad_value, C, HW, tiles,
+    EPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One tile: D, its products with the values, and the gradient of the last value."""
+    b, c = place(tl.program_id(0) // tiles, C, BLOCK_C)
+    tile = (tl.program_id(0) % tiles).to(tl.int64)
+    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    A: tl.constexpr = mean.dtype.element_ty
+    inside = (c < C)[:, None] & (p < HW)[None, :]
+    center, inverse, scale, shift = normalisation(mean, var, weight, bias, c, C, EPS)
+    mean_weight, mean_bias = means(sum_weight, sum_bias, values_per_channel, c, C)
+    deviation = load(o, b, c, p, inside, A) - center
+    grad = load(grad_out, b, c, p, inside, A)
+    if keep is not None:
+        grad *= tl.load(keep + b)
+    grad = tl.where(deviation * scale + shift <= 0, 0.0, grad)
+    d = tl.where(inside, through_norm(grad, deviation, inverse, scale, mean_bias, mean_weight), 0.0)
+    if grad_o is not None:
+        store(grad_o, b, c, p, inside, d)
+    batch = tl.num_programs(0) // tiles // tl.cdiv(C, BLOCK_C)
+    for m in tl.static_range(len(values)):
+        there = (c < C)[:, None] & (p < tl.where(m < value_count, HW, 0))[None, :]
+        product = tl.sum(d * load(values[m], b, c, p, there, A), 1)
+        at = ((tile * batch + b) * T + first + m) * C + c
+        tl.store(parts + at, product, mask=c < tl.where(m < value_count, C, 0))
+    if grad_value is not None:
+        if before is None:
+            total = tl.load(weights + (b * T + T - 1) * C + c, mask=c < C, other=0.0)[:, None] * d
+        else:
+            total = load(before, b, c, p, inside, A)
+        total = weighted_sum(total, later, later_weights, later_count, first, later_T, b, c, p, C, HW, A)
+        store(grad_value if after is None else after, b, c, p, inside, total)
+
+
+def _launch_weights(kernel, q: Tensor, T: int, head_dim: int, *args, **constants) -> None:
+    batch, channels = q.shape
+    block = triton.next_power_of_2(head_dim)
+    if batch > 0:
+        kernel[(batch * (channels // head_dim),)](
+            *args, **constants, HEAD_DIM=head_dim, BLOCK_D=block,
+            BLOCK_T=max(1, min(16, triton.next_power_of_2(T), 4096 // block)), num_warps=1 if block <= 64 else 4,
+        )  # fmt: skip
+
+
+def attention_weights(q: Tensor, k: Tensor, gates: Tensor, head_dim: int) -> Tensor:
+    """[B, T, C] the softmax over the layers times their gates."""
+    T = k.shape[1]
+    weights = torch.empty_like(gates)
+    _launch_weights(_weights, q, T, head_dim, q, k, gates, weights, q.shape[1], T)
+    return weights
+
+
+def chunks(maps: Sequence[Tensor], first: Tensor) -> list[tuple[tuple[Map, ...], int]]:
+    """The maps of every launch, filled up to a power of two, and how many they are."""
+    described = [map_beside(m, first) for m in maps]
+    pieces = [described[i : i + LAYERS] for i in range(0, len(described), LAYERS)]
+    return [((*piece, *piece[:1] * (triton.next_power_of_2(len(piece)) - len(piece))), len(piece)) for piece in pieces]
+
+
+def _run_forward(q, k, values, gates, first, head_dim, *, o=None, moments=(None, None), x=None, norm=(None,) * 4,
+                 eps=None, out=None) -> None:  # fmt: skip
+    q, k, gates = dense(q), dense(k), dense(gates)
+    weights = attention_weights(q, k, gates, head_dim)
+    pieces = chunks(values, first)
+    sums = _sums_between(first, len(pieces))
+    _, channels, height, width = first.shape
+    for i, (maps, count) in enumerate(pieces):
+        last = i == len(pieces) - 1
+        walk(
+            _forward, first, maps, weights, count, i * LAYERS, len(values), sums[i], sums[i + 1],
+            as_map(o) if last else None, *(moments if last else (None, None)), as_map(x), *map(dense, norm),
+            as_map(out) if last else None, channels, height * width, EPS=eps,
+        )  # fmt: skip
+
+
+def _sums_between(like: Tensor, launches: int) -> list[Map | None]:
+    """What every launch begins with and ends with; none before the first and after the last."""
+    if launches <= 1:
+        return [None, None]
+    between = as_map(torch.empty_like(like, dtype=accumulate_dtype(like)))
+    return [None, *[between] * (launches - 1), None]
+
+
+def forward(
+    q: Tensor,  # [B, C]
+    k: Tensor,  # [B, T, C]
+    values: Sequence[Tensor],  # T of [B, C, H, W]
+    gates: Tensor,  # [B, T, C]
+    head_dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    first = walkable(values[0])
+    o, mean, var = empty_map_like(first), q.new_empty(q.shape), q.new_empty(q.shape)
+    _run_forward(q, k, values, gates, first, head_dim, o=o, moments=(mean, var))
+    return o, mean, var
+
+
+def folded(
+    q: Tensor,  # [B, C]
+    k: Tensor,  # [B, T, C]
+    values: Sequence[Tensor],  # T of [B, C, H, W]
+    gates: Tensor,  # [B, T, C]
+    x: Tensor,  # [B, C, H, W]
+    mean: Tensor,  # [C]
+    var: Tensor,  # [C]
+    weight: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    eps: float,
+    head_dim: int,
+) -> Tensor:
+    x = walkable(x)
+    out = empty_map_like(x)
+    _run_forward(q, k, values, gates, x, head_dim, x=x, norm=(mean, var, weight, bias), eps=eps, out=out)
+    return out
+
+
+def backward(
+    grad_out: Tensor,  # [B, C, H, W]
+    o: Tensor,  # [B, C, H, W]
+    mean: Tensor,  # [C]
+    var: Tensor,  # [C]
+    weight: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    sum_weight: Tensor | None,  # [C]
+    sum_bias: Tensor | None,  # [C]
+    keep: Tensor | None,  # [B]
+    eps: float,
+    count: int,
+    q: Tensor,  # [B, C]
+    k: Tensor,  # [B, T, C]
+    values: Sequence[Tensor],  # T of [B, C, H, W]
+    gates: Tensor,  # [B, T, C]
+    later_grads: Sequence[Tensor],  # each [B, C, H, W]
+    later_weights: Sequence[Tensor],  # each [B, its T, C]
+    head_dim: int,
+    need_value: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    o, q, k, gates = walkable(o), dense(q), dense(k), dense(gates)
+    batch, T, channels = k.shape
+    pixels = o.shape[2] * o.shape[3]
+    weights = attention_weights(q, k, gates, head_dim)
+    grad_o, grad_value = empty_map_like(o), empty_map_like(o) if need_value else None
+    later_grads = later_grads if need_value else ()
+    of_last = torch.stack([w[:, T - 1] for w in later_weights], 1) if later_grads else None
+    pieces, later = chunks(values, o), chunks(later_grads, o)
+    launches = max(len(pieces), len(later))
+    sums = _sums_between(o, launches)
+    vectors = tuple(map(dense, (mean, var, weight, bias, sum_weight, sum_bias, keep)))
+    maps = map_beside(grad_out, o), as_map(o)
+
+    def run(tile: Tile) -> Tensor:
+        tiles = triton.cdiv(pixels, tile.pixels)
+        parts = q.new_empty(tiles, batch, T, channels)
+        programs = batch * triton.cdiv(channels, tile.channels) * tiles
+        for i in range(launches):
+            some, number = pieces[i] if i < len(pieces) else ((), 0)
+            more, later_number = later[i] if i < len(later) else ((), 0)
+            _backward[(programs,)](
+                *maps, *vectors, count, some, weights, parts, number, more, of_last, later_number, i * LAYERS, T,
+                len(later_grads), sums[i], sums[i + 1], None if i else as_map(grad_o), as_map(grad_value), channels,
+                pixels, tiles, EPS=eps, BLOCK_C=tile.channels, BLOCK_P=tile.pixels, num_warps=tile.warps,
+            )  # fmt: skip
+        return parts
+
+    of_q, of_k, of_gates = torch.empty_like(q), torch.empty_like(k), torch.empty_like(gates)
+    if o.numel() > 0:
+        parts = tuning.run(_backward, o, [tile_of(o, *size) for size in SIZES], run)
+        _launch_weights(
+            _weights_backward, q, T, head_dim, q, k, gates, parts, of_q, of_k, of_gates, channels, T,
+            part=parts.stride(0), PARTS=parts.shape[0],
+        )  # fmt: skip
+    return of_q, of_k, of_gates, grad_o, weights, o.new_empty(0) if grad_value is None else grad_value

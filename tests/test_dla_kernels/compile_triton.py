@@ -1,0 +1,158 @@
+"""Compiles the Triton kernels for a GPU that need not be there, and prints what they need, a JSON object a line.
+
+    python compile_triton.py CAPABILITY SHAPE LAYOUT DTYPE [OP ...]
+
+The ops are called as they would be, with CPU tensors that stand for the GPU's; a launch only compiles. So the kernels
+and their specialisations are those that a user gets. Every tile that may be chosen is compiled where the environment
+variable ALL_TILES is set, else the default one.
+"""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import jit
+
+from dla_kernels.triton import tuning
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Driver:
+    """All that compiling asks of a GPU."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def needs(binary: bytes) -> dict:
+    """Registers, stack and spills of a kernel, and how many bits its widest global load and store move a thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        done = subprocess.run([CUOBJDUMP, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", done.stdout).groups())
+    widths = {"LDG": 0, "STG": 0}
+    for name, suffix in re.findall(r"\b(LDG|STG)(\.[A-Z0-9.]+)", done.stdout):
+        bits = re.search(r"\.[US]?(8|16|64|128)(\.|$)", suffix)
+        widths[name] = max(widths[name], int(bits[1]) if bits else 32)
+    local = len(re.findall(r"\b(?:LDL|STL)\b", done.stdout))
+    return {"registers": registers, "stack": stack, "local": local, "load": widths["LDG"], "store": widths["STG"]}
+
+
+def compile_only(seen: set[str]):
+    launch = jit.JITFunction.run
+
+    def run(self, *args, grid, warmup, **kwargs):
+        compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        if compiled.hash not in seen:
+            seen.add(compiled.hash)
+            elements = kwargs["BLOCK_C"] * kwargs["BLOCK_P"] if "BLOCK_P" in kwargs else None
+            threads = 32 * compiled.metadata.num_warps
+            found = {
+                "kernel": f"{self.fn.__module__.removeprefix('dla_kernels.').removeprefix('ops.')}.{self.fn.__name__}",
+                "warps": compiled.metadata.num_warps,
+                "elements": elements and elements / threads,
+                "shared": compiled.metadata.shared,
+                **needs(compiled.asm["cubin"]),
+            }
+            print(json.dumps(found), flush=True)
+        return compiled
+
+    return run
+
+
+def every_tile(kernel, x, candidates, launch):
+    *_, result = [launch(tile) for tile in dict.fromkeys(candidates)]
+    return result
+
+
+def calls(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format) -> dict:
+    """Calls of every library op, by the op's name."""
+    B, C, _, _ = shape
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def m():
+        return torch.empty(shape, dtype=dtype).contiguous(memory_format=memory_format)
+
+    def v(*sizes):
+        return torch.empty(sizes, dtype=state)
+
+    def norm_residual(op):
+        op.moments(m())
+        for relu in (0, 1, 2):
+            keep, out = v(B) if relu == 1 else None, m() if relu == 2 else None
+            vectors = v(C), v(C), v(C), v(C)
+            op.forward(m(), m(), v(B, C), v(B, C), v(C), v(C), keep, 1e-5, relu)
+            op.sums(m(), v(B, C), m(), out, *vectors, keep, 1e-5, relu, relu == 1)
+            op.backward(m(), v(B, C), m(), out, *vectors, v(C), v(C), keep, 1e-5, relu, 9, relu != 1)
+
+    def light_update(op):
+        for carry in ((m(), v(C), v(B, C), None), (m(), v(C), v(B, C), v(C, 1, 3, 3)), (None,) * 4):
+            attention = m(), v(B, C), v(1, 1, 5), v(1, 1, 5), v(C, 1, 3, 3), *carry
+            op.forward(*attention, 32)
+            op.folded(*attention, v(C), v(C), v(C), v(C), 1e-5, 32, True)
+            op.backward(
+                m(), v(B, C), m(), v(B, C), m(), *(v(C) for _ in range(5)), v(B), 1e-5, 9, *attention, 32, True,
+                carry[0] is not None,
+            )  # fmt: skip
+
+    def layer_attention(op):
+        for T, later in ((1, 2), (4, 0), (16, 1), (36, 0)):
+            attention, values = (v(B, C), v(B, T, C)), [m() for _ in range(T)]
+            op.forward(*attention, values, v(B, T, C), 32)
+            op.folded(*attention, values, v(B, T, C), m(), v(C), v(C), v(C), v(C), 1e-5, 32)
+            op.backward(
+                m(), m(), *(v(C) for _ in range(6)), v(B), 1e-5, 9, *attention, values, v(B, T, C),
+                [m() for _ in range(later)], [v(B, T + j + 1, C) for j in range(later)], 32, True,
+            )  # fmt: skip
+
+    def gap_dsu(op):
+        for joint in (True, False):
+            w = v(weights(joint))
+            op.forward(m(), v(B, C), v(B, C), v(B, C), w, joint, 3, True)
+            op.backward(*(v(B, C) for _ in range(8)), w, joint, 3, True)
+
+    def refresh_gates(op):
+        for joint in (True, False):
+            arguments = v(B, 3, C), v(B, 3, C), v(B, C), v(B, C), v(weights(joint)), joint, 3, True
+            op.forward(*arguments)
+            op.backward(v(B, 3, C), *arguments)
+
+    def weights(joint):
+        R = max(1, C // 4)
+        return 5 * C * R + 3 * C if joint else 8 * C * R + 2 * R + 6 * C
+
+    return {f.__name__: f for f in (gap_dsu, layer_attention, light_update, norm_residual, refresh_gates)}
+
+
+def main(capability: str, shape: str, layout: str, dtype: str, *ops: str) -> None:
+    triton.runtime.driver.set_active(Driver(int(capability)))
+    jit.JITFunction.run = compile_only(set())
+    if os.environ.get("ALL_TILES"):
+        tuning.run = every_tile
+    memory_format = {"planes": torch.contiguous_format, "rows": torch.channels_last}[layout]
+    found = calls(tuple(map(int, shape.split("x"))), getattr(torch, dtype), memory_format)
+    for op in ops or found:
+        found[op](importlib.import_module(f"dla_kernels.ops.{op}.triton"))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
