@@ -26,8 +26,8 @@ ROOT = Path(__file__).parent.resolve()
 TORCH_TARGET = "0x020a000000000000"
 
 
-#: Ampere, Hopper, Blackwell of data centres and of desks; what comes later compiles the last one's PTX.
-DEFAULT_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+#: Ampere and Ada run the first, Hopper the second; what comes later compiles its PTX once. Each takes minutes to build.
+DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
 
 
 def cuda_wanted() -> bool:
