@@ -359,8 +359,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dla_kernels, m) {
     m.def(
         "light_update_backward(Tensor grad_out, Tensor? grad_out_mean, Tensor? grad_o, Tensor? grad_o_mean, Tensor o, "
         "Tensor mean, Tensor var, Tensor weight, Tensor? sum_weight, Tensor? sum_bias, Tensor? keep, float eps, "
-        "SymInt count, Tensor x, Tensor y, Tensor query_weight, Tensor key_weight, Tensor value_weight, Tensor? carried, "
-        "Tensor? carry_scale, Tensor? gate, Tensor? carry_weight, int head_dim, bool need_x, bool need_carried) -> "
+        "SymInt count, Tensor x, Tensor y, Tensor query_weight, Tensor key_weight, Tensor value_weight, "
+        "Tensor? carried, Tensor? carry_scale, Tensor? gate, Tensor? carry_weight, int head_dim, bool need_x, "
+        "bool need_carried) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
