@@ -118,9 +118,7 @@ class LayerAttention(torch.autograd.Function):
         o, o_mean, o_var = BACKENDS[backend].forward(q, k, (*rest[:prior], value), gates, head_dim)
         ops, share = norm_residual.BACKENDS[backend], None
         if mean is None:
-            mean, var = o_mean, o_var
-            if group is not None:
-                mean, var, share = norm_residual.across(group, o_mean, o_var, norm_residual.count_of(x))
+            mean, var, share = norm_residual.batch_statistics(o_mean, o_var, group, norm_residual.count_of(x))
         out, _, mean, var = ops.forward(x, o, mean, var, weight, bias, keep, eps, RELU)
         batch, layers, channels = k.shape
         edges = [

@@ -115,9 +115,7 @@ class LightUpdate(torch.autograd.Function):
         o, o_mean, o_var = BACKENDS[backend].forward(*attention, head_dim)
         ops, share = norm_residual.BACKENDS[backend], None
         if mean is None:
-            mean, var = o_mean, o_var
-            if group is not None:
-                mean, var, share = norm_residual.across(group, o_mean, o_var, norm_residual.count_of(x))
+            mean, var, share = norm_residual.batch_statistics(o_mean, o_var, group, norm_residual.count_of(x))
         out, out_mean, mean, var = ops.forward(x, o, mean, var, weight, bias, keep, eps, 0)
         return out, out_mean, o, o_mean, mean, var, share
 

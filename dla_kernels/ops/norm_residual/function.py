@@ -61,14 +61,11 @@ def count_of(o: Tensor) -> int:
     return o.shape[0] * o.shape[2] * o.shape[3]
 
 
-def statistics(
-    ops, o: Tensor, mean: Tensor | None, var: Tensor | None, group: dist.ProcessGroup | None
+def batch_statistics(
+    mean: Tensor, var: Tensor, group: dist.ProcessGroup | None, count: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What normalises ``o``: given constants [C], or o's moments, its own [B, C] or merged across a group [C]."""
-    if mean is not None:
-        return mean, var, None
-    mean, var = ops.moments(o)
-    return (mean, var, None) if group is None else across(group, mean, var, count_of(o))
+    """From a map's moments what normalises it: themselves [B, C], or those of a group [C] with this one's share."""
+    return (mean, var, None) if group is None else across(group, mean, var, count)
 
 
 def keep_books(norm: BatchNorm, mean: Tensor, var: Tensor, count: int, share: Tensor | None, backend: str) -> None:
@@ -90,8 +87,9 @@ class NormResidual(torch.autograd.Function):
 
     @staticmethod
     def forward(x, o, weight, bias, keep, mean, var, eps, relu, group, backend):
-        ops = BACKENDS[backend]
-        mean, var, share = statistics(ops, o, mean, var, group)
+        ops, share = BACKENDS[backend], None
+        if mean is None:
+            mean, var, share = batch_statistics(*ops.moments(o), group, count_of(o))
         return *ops.forward(x, o, mean, var, weight, bias, keep, eps, RELU[relu]), share
 
     @staticmethod
