@@ -60,11 +60,12 @@ format: $(VENV)/.package
 clean:
 	rm -rf $(VENV) build *.egg-info demo
 
+# Without a compiler the package itself takes no time; .package installs it again, with one.
 $(VENV)/.dependencies: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet setuptools torch pybind11
-	$(BIN)/pip install --quiet --no-build-isolation --check-build-dependencies '.[dev]'
+	CXX=none DLA_KERNELS_CUDA=0 $(BIN)/pip install --quiet --no-build-isolation --check-build-dependencies '.[dev]'
 	touch $@
 
 $(VENV)/.package: $(VENV)/.dependencies setup.py $(SOURCES)

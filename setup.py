@@ -6,6 +6,7 @@ GPUs in this machine, and where there is none, DEFAULT_ARCHITECTURES. Without a 
 without ``_C`` and runs on its reference.
 """
 
+import hashlib
 import os
 import re
 import shlex
@@ -117,12 +118,15 @@ class BuildExt(build_ext):
         host = [word for flag in ext.extra_compile_args for word in ("-Xcompiler", flag)]
 
         def compile_one(source: str) -> str:
-            target = Path(self.build_temp, source).with_suffix(Path(source).suffix + ".o")
-            if target.exists() and not newer_group([source, *ext.depends, "setup.py"], str(target)):
+            device = generate_code() if source.endswith(".cu") else []
+            command = ["nvcc", *NVCC_FLAGS, *device, *host, *macros, *include, "-c", source]
+            # Other flags, other objects: those of a build for other architectures are not taken again.
+            folder = hashlib.sha256("\0".join(command).encode()).hexdigest()[:16]
+            target = Path(self.build_temp, folder, Path(source).name + ".o")
+            if target.exists() and not newer_group([source, *ext.depends], str(target)):
                 return str(target)
             target.parent.mkdir(parents=True, exist_ok=True)
-            device = generate_code() if source.endswith(".cu") else []
-            self.spawn(["nvcc", *NVCC_FLAGS, *device, *host, *macros, *include, "-c", source, "-o", str(target)])
+            self.spawn([*command, "-o", str(target)])
             return str(target)
 
         # The longest first, so that none is left alone at the end.
