@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from rich.table import Table
 
 from dla.plots import STYLE
@@ -204,7 +204,8 @@ def roofline(results: dict) -> Figure | None:
     axes.plot(x, roof, color="black", linewidth=1.3, marker="", zorder=1)
     axes.annotate(
         f"copy, {limits['copy_bytes_per_s'] / 1e9:.0f} GB/s", (x[8], roof[8]), rotation=0, fontsize=8,
-        xytext=(4, -10), textcoords="offset points",
+        xytext=(-6, 2),
+        ha="right", textcoords="offset points",
     )  # fmt: skip
     axes.annotate(
         f"matrix product, {limits['flops_per_s'] / 1e9:.0f} GFLOP/s", (x[-1], roof[-1]), ha="right", fontsize=8,
@@ -232,13 +233,16 @@ def roofline(results: dict) -> Figure | None:
     handles += [
         mpl.lines.Line2D([], [], color="grey", marker="o", fillstyle=f, linestyle="none") for f in ("full", "none")
     ]
-    labels += ["forward", "backward"]
+    labels += ["filled: forward", "hollow: backward"]
     figure.legend(handles, labels, loc="outside right upper", fontsize=8)
     axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte that must move", ylabel="FLOP/s")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1e9:g} G"))
+    axes.xaxis.set_major_locator(LogLocator(2))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1e9:g} G"))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3, linewidth=0.5)
-    figure.suptitle(f"What the ops reach, and what this machine can: {results['environment']['device']}", fontsize=9)
+    axes.set_title(f"What the ops reach of what {results['environment']['device']} can")
     return figure
 
 
@@ -265,11 +269,10 @@ def speedups(results: dict) -> Figure | None:
                 axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
         axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
         axes.set_yticks(place, names, fontsize=7.5)
-        axes.yaxis.set_minor_locator(NullLocator())
         axes.invert_yaxis()
-        axes.set(title=TITLES[question], xlabel="time, plain = 1")
-        if len(forms) > 1:
-            axes.legend(loc="lower right")
+        axes.set(title=TITLES[question].partition(";")[0], xlabel="time, plain = 1")
+    handles = {name: h for axes in panels for h, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
     figure.suptitle(results["environment"]["device"], fontsize=9)
     return figure
 
