@@ -28,7 +28,7 @@ _RULES = tuple(
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Reads a file of tensors and plain values; nothing in it is executed.
+    """Reads a file of tensors and plain values, safetensors or torch's; nothing in it is executed.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -38,6 +38,10 @@ def load_checkpoint(path: str | Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"`path` must be a checkpoint file, there is none at {path}")
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file  # optional
+
+            return load_file(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
