@@ -1,4 +1,4 @@
-"""Weights of the authors' released models, read into ours."""
+"""Files of weights: models of ours, and weights of the authors' released models, read into ours."""
 
 import re
 from collections.abc import Mapping
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from dla.resnet import ResNet
 
 #: From the released names to ours, in this order. They cover DLA, MRLA, DIANet and the plain networks of the release.
 _RULES = tuple(
@@ -49,6 +51,20 @@ def load_checkpoint(path: str | Path) -> dict:
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} must hold a dictionary, got {type(checkpoint).__name__}")
     return checkpoint
+
+
+def load_model(path: str | Path) -> ResNet:
+    """The model of a checkpoint of ``dla train`` or of a folder that ``save_pretrained`` wrote, in eval mode.
+
+    Raises:
+        FileNotFoundError: there is neither.
+        ValueError: what is there does not hold a model.
+    """
+    if Path(path).is_dir():
+        return ResNet.from_pretrained(path)
+    from dla.training import load_classifier  # Lightning takes seconds to import
+
+    return load_classifier(path).net.eval()
 
 
 def load_released(model: nn.Module, state_dict: Mapping[str, Tensor] | str | Path) -> nn.Module:
