@@ -501,9 +501,7 @@ def test_code_of_the_docs_runs(shapes, tmp_path, monkeypatch):
 @pytest.mark.parametrize("interaction", ["dla_l", "dla_b"])
 def test_learns_to_detect(interaction, tmp_path):
     sets = open_coco(write_shapes(tmp_path / "shapes", train=96, val=32, short_side=64))
-    recipe = DetectionRecipe(
-        epochs=4, batch_size=4, milestones=(3,), lr=0.02, short_side=64, warmup_steps=20, drop_path_rate=0.0
-    )
+    recipe = replace(COCO, epochs=5, batch_size=4, milestones=(4,), short_side=64, warmup_steps=20, drop_path_rate=0.0)
     trainer = make_trainer(recipe.epochs, progress=False, accelerator="cpu", deterministic="warn")
     trainer.fit(detector(recipe, f"fasterrcnn_resnet20_{interaction}_fpn"), CocoData(sets, recipe.batch_size))
     assert trainer.callback_metrics["val_ap50"] >= 0.5
