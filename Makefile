@@ -8,7 +8,7 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 CPP := $(shell find csrc tests/cuda_on_cpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(filter csrc/%,$(CPP)) $(shell find dla dla_kernels -name '*.py')
 
-.PHONY: help demo test test-all fuzz sanitize bench gpu lint format clean
+.PHONY: help demo test test-all fuzz sanitize bench tables gpu lint format clean
 
 help:
 	@echo "make demo      train DLA-L-20, MRLA-L-20 and ResNet-20 on handwritten digits; results in demo/"
@@ -16,7 +16,8 @@ help:
 	@echo "make test-all  the tests with the slow ones"
 	@echo "make fuzz      every op on 10000 random shapes, layouts and dtypes"
 	@echo "make sanitize  the ops' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
-	@echo "make bench     what each layer interaction costs against the plain network, on this machine"
+	@echo "make bench     what ops, blocks and models cost on this machine; results in benchmarks/results/"
+	@echo "make tables    bring the tables of README and docs up to date with benchmarks/results/"
 	@echo "make gpu       tests, compute-sanitizer and benchmarks of the kernels on this machine's GPU; results in benchmarks/results/"
 	@echo "make lint      check style;  make format  mend it"
 
@@ -42,7 +43,10 @@ sanitize: $(VENV)/.dependencies
 		$(BIN)/pytest tests/test_dla_kernels/test_fused.py
 
 bench: $(VENV)/.package
-	$(BIN)/pytest benchmarks/models.py
+	$(BIN)/dla bench --out benchmarks/results
+
+tables: $(VENV)/.package
+	$(BIN)/python -m dla.benchmarks.report README.md docs/kernels.md
 
 gpu: $(VENV)/.package
 	$(BIN)/python benchmarks/gpu.py

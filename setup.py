@@ -17,7 +17,7 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import ExecError
 from setuptools.modified import newer_group
@@ -216,4 +216,9 @@ def extensions() -> list[Extension]:
     return [native, cuda_extension(native)] if with_cuda else [native]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt})
+setup(
+    packages=[*find_packages(include=["dla*"]), "dla.benchmarks"],
+    package_dir={"dla.benchmarks": "benchmarks"},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildExt},
+)

@@ -1,33 +1,15 @@
-"""Prints the ratios of a run as one table."""
+"""``pytest benchmarks``: every row under pytest-benchmark, for its storage and its comparison of runs."""
 
-import pytest
-import torch
-from rich.console import Console
-from rich.table import Table
-
-ROWS = pytest.StashKey[list]()
+from dla.benchmarks import run
 
 
-def pytest_configure(config):
-    config.stash[ROWS] = []
+def pytest_addoption(parser):
+    parser.addoption("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.addoption("--full", action="store_true", help="every size, dtype, layout and model")
 
 
-@pytest.fixture(autouse=True)
-def _two_threads():
-    torch.set_num_threads(2)
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def record(request):
-    """Adds a row to the table at the end: ``record(question, name, plain, ours)``, medians in seconds."""
-    return lambda *row: request.config.stash[ROWS].append(row)
-
-
-def pytest_terminal_summary(config):
-    if not config.stash[ROWS]:
-        return
-    table = Table("", "", "plain, ms", "ours, ms", "ratio", title="Medians of interleaved runs, two threads, float32")
-    for question, name, plain, ours in config.stash[ROWS]:
-        table.add_row(question, name, f"{plain * 1e3:.1f}", f"{ours * 1e3:.1f}", f"{ours / plain:.2f}")
-    Console().print(table)
+def pytest_generate_tests(metafunc):
+    if "row" in metafunc.fixturenames:
+        device = run.find_device(metafunc.config.getoption("device"))
+        rows = run.rows_of([], device, metafunc.config.getoption("full"))
+        metafunc.parametrize(("row", "device"), [(row, device) for row in rows], ids=[row.name for row in rows])

@@ -1,127 +1,257 @@
-"""What do the native ops cost on this CPU, beside the reference, torch.compile of it, and a copy of the same map?
+"""What does each op cost, beside the reference, torch.compile of it, and a copy of the same map?
 
-``python benchmarks/ops.py [--shape 32x64x32x32 ...] [--threads 1] [--channels-last] [--compile]`` prints one row for
-each op: milliseconds forward and backward, GB/s against the op's byte floor in maps, how many times faster than the
-reference and, with ``--compile``, than the reference compiled by inductor. Times are of processor time, so that a busy
-machine does not count; with several threads they are elapsed.
+Bytes are those that an op must move in training: every input once in every pass that needs it, every output once.
 """
 
-import argparse
-import statistics
-import time
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import dla_kernels
+from dla.benchmarks.measure import Function, Prepared, Row, Wrong, copy_of, graphed, rotating
 from dla_kernels import BatchNorm
+from dla_kernels.backend import why_not
+
+#: Layers of the stage that stands for layer_attention and refresh_gates, and channels of a head.
+T, HEAD_DIM = 4, 32
+#: B, C, H, W of a map of CIFAR, of ImageNet, and of 512x512 images: those of a short run, then the others.
+SHAPES = {
+    "cpu": (
+        [(32, 64, 32, 32), (4, 256, 56, 56)],
+        [(32, 256, 8, 8), (4, 1024, 14, 14), (4, 2048, 7, 7), (1, 256, 128, 128)],
+    ),
+    "cuda": (
+        [(128, 64, 32, 32), (256, 256, 56, 56)],
+        [(64, 512, 28, 28), (64, 1024, 14, 14), (64, 2048, 7, 7), (16, 256, 128, 128)],
+    ),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+#: On a GPU the calls go round sets of arguments, of this many bytes together: more than its caches hold.
+BEYOND_CACHES = 2**28
+#: How much larger than the reference's own rounding error another backend's may be.
+SLACK = 8
 
 
-def median(function: Callable[[], object], clock: Callable[[], float], runs: int = 15) -> float:
-    for _ in range(3):
-        function()
-    times = []
-    for _ in range(runs):
-        start = clock()
-        function()
-        times.append(clock() - start)
-    return statistics.median(times)
+class Op(NamedTuple):
+    """What the benchmarks know of an op; each number is (forward, backward).
+
+    Attributes:
+        build: ``build(maps, vectors, b, c, backend) -> (function, arguments)``, of makers of maps and of vectors.
+        maps: how many maps it must move in training.
+        flops: floating-point operations an element of a map.
+        weights: multiples of the DSU's 5 C^2 / r weights that a sample passes.
+    """
+
+    build: Callable
+    maps: tuple[int, int]
+    flops: tuple[int, int]
+    weights: tuple[int, int] = (0, 0)
+
+    def bytes(self, shape: Sequence[int], dtype: torch.dtype, direction: int) -> int:
+        return self.maps[direction] * torch.Size(shape).numel() * dtype.itemsize
+
+    def operations(self, shape: Sequence[int], direction: int) -> int:
+        b, c = shape[:2]
+        products = 2 * 5 * c * _reduced(c) * b * self.weights[direction]
+        return self.flops[direction] * torch.Size(shape).numel() + products
 
 
-def cases(shape: list[int], memory_format: torch.memory_format) -> Iterator[tuple]:
-    """Name, maps moved forward and backward, the call of tensors and a backend, and the tensors."""
-    b, c, h, w = shape
-    reduced, t = max(1, c // 4), 4
+def _reduced(c: int) -> int:
+    return max(1, c // 4)
 
-    def maps(n: int) -> list[Tensor]:
-        return [torch.randn(b, c, h, w).contiguous(memory_format=memory_format).requires_grad_() for _ in range(n)]
 
-    def vectors(*shape: int) -> Tensor:
-        return (torch.randn(shape) * shape[-1] ** -0.5).requires_grad_()
+def _dsu(vectors, c: int) -> list[Tensor]:
+    return [vectors(_reduced(c), 2 * c), vectors(3 * c, _reduced(c)), vectors(3 * c)]
 
-    x, o = maps(2)
-    y, h_, c_, gate, bias = vectors(b, c), vectors(b, c), vectors(b, c), vectors(b, c), vectors(c)
-    scale, filter_, value_weight, carry_weight = vectors(c), vectors(1, 1, 5), vectors(c, 1, 3, 3), vectors(c, 1, 3, 3)
-    keys, gates, q = vectors(b, t, c), vectors(b, t, c), vectors(b, c)
-    weights = [vectors(reduced, 2 * c), vectors(3 * c, reduced), vectors(3 * c)]
-    ops = dla_kernels
-    with torch.no_grad():
-        prior = [ops.layer_attention(v, q, keys[:, :1], gates[:, :1], value_weight, [], BatchNorm(scale, bias))[1]
-                 for v in maps(t - 1)]  # fmt: skip
 
-    def step(x, h, c, *weights, backend):
-        return ops.gap_dsu(x, h, c, weights, carried=h, backend=backend)
+def gap_dsu(maps, vectors, b, c, backend):
+    def call(x, h, state, *weights):
+        return dla_kernels.gap_dsu(x, h, state, weights, carried=h, backend=backend)
 
-    def refresh(keys, gates, h, c, *weights, backend):
-        return (ops.refresh_gates(keys, gates, h, c, weights, backend=backend),)
+    return call, [maps(), vectors(b, c), vectors(b, c), *_dsu(vectors, c)]
 
-    def attend(x, q, k, gates, value_weight, scale, bias, backend):
-        out, layer = ops.layer_attention(
-            x, q, k, gates, value_weight, prior, BatchNorm(scale, bias), head_dim=c, backend=backend
+
+def refresh_gates(maps, vectors, b, c, backend):
+    def call(features, gates, h, state, *weights):
+        return (dla_kernels.refresh_gates(features, gates, h, state, weights, backend=backend),)
+
+    return call, [vectors(b, T, c), vectors(b, T, c), vectors(b, c), vectors(b, c), *_dsu(vectors, c)]
+
+
+def layer_attention(maps, vectors, b, c, backend):
+    x, q, keys, gates = maps(), vectors(b, c), vectors(b, T, c), vectors(b, T, c)
+    value_weight, norm = vectors(c, 1, 3, 3), (vectors(c), vectors(c))
+    prior = []
+
+    def call(x, q, keys, gates, value_weight, *norm):
+        out, layer = dla_kernels.layer_attention(
+            x, q, keys, gates, value_weight, prior, BatchNorm(*norm), None, HEAD_DIM, backend=backend
         )
         return out, layer.pooled
 
-    def update(x, y, value_weight, carried, lambda_, gate, scale, bias, carry_weight=None, *, backend):
-        return ops.light_update(
-            x, y, filter_, filter_, value_weight, BatchNorm(scale, bias), carried, lambda_, gate, carry_weight,
-            head_dim=c, backend=backend,
+    with torch.no_grad():
+        for t in range(1, T):
+            prior.append(
+                dla_kernels.layer_attention(
+                    maps(), q, keys[:, :t], gates[:, :t], value_weight, prior, BatchNorm(*norm), None, HEAD_DIM,
+                    backend=backend,
+                )[1]
+            )  # fmt: skip
+    return call, [x, q, keys, gates, value_weight, *norm]
+
+
+def light_update(maps, vectors, b, c, backend, filtered=False):
+    def call(x, y, query_weight, key_weight, value_weight, carried, carry_scale, gate, weight, bias, *carry_weight):
+        return dla_kernels.light_update(
+            x, y, query_weight, key_weight, value_weight, BatchNorm(weight, bias), carried, carry_scale, gate,
+            *carry_weight, head_dim=HEAD_DIM, backend=backend,
         )  # fmt: skip
 
-    def block(x, o, scale, bias, backend):
-        return ops.norm_residual(x, o, BatchNorm(scale, bias), relu="sum", backend=backend)
-
-    yield "gap_dsu", 1, 0, step, [x, h_, c_, *weights]
-    yield "refresh_gates", 0, 0, refresh, [keys, gates, h_, c_, *weights]
-    # V from x, o from the V's, out from both; backward sums, o's gradient and V's, x's
-    yield f"layer_attention, {t} layers", t + 6, t + 11, attend, [x, q, keys, gates, value_weight, scale, bias]
-    update_args = [x, y, value_weight, o, scale, gate, scale, bias]
-    yield "light_update", 6, 9, update, update_args
-    yield "light_update, filtered carry", 6, 9, update, [*update_args, carry_weight]
-    yield "norm_residual", 4, 8, block, [x, o, scale, bias]
+    filters = [vectors(1, 1, 5), vectors(1, 1, 5), vectors(c, 1, 3, 3)]
+    arguments = [maps(), vectors(b, c), *filters, maps(), vectors(c), vectors(b, c), vectors(c), vectors(c)]
+    return call, [*arguments, vectors(c, 1, 3, 3)] if filtered else arguments
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", default=["32x64x32x32", "32x256x8x8", "4x256x56x56"])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--compile", action="store_true")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    clock = time.process_time if args.threads == 1 else time.perf_counter
-    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    print(" ".join(f"{k}={v}" for k, v in dla_kernels.build_info().items()))
-    for text in args.shape:
-        shape = [int(n) for n in text.split("x")]
-        source, target = torch.randn(2, *shape)
-        size = source.nbytes
-        copy = median(lambda: target.copy_(source), clock)  # noqa: B023
-        print(f"\n{text}, a map of {size / 2**20:.1f} MiB, copied at {2 * size / copy / 1e9:.1f} GB/s")
-        for name, forward_maps, backward_maps, call, tensors in cases(shape, memory_format):
-            rivals = {"native": (call, "native"), "reference": (call, "reference")}
-            if args.compile:
-                torch._dynamo.reset()
-                rivals["compiled"] = torch.compile(call, fullgraph=True), "reference"
-            times = {}
-            for rival, (function, backend) in rivals.items():
-                with torch.no_grad():
-                    forward = median(lambda: function(*tensors, backend=backend), clock)  # noqa: B023
-                outputs = function(*tensors, backend=backend)
-                outputs = [o for o in outputs if o.requires_grad]
-                directions = [torch.randn_like(o) for o in outputs]
-                backward = median(
-                    lambda: torch.autograd.grad(outputs, tensors, directions, retain_graph=True),  # noqa: B023
-                    clock,
-                )
-                times[rival] = forward, backward
-            columns = []
-            for i, maps in enumerate((forward_maps, backward_maps)):
-                native, *others = (t[i] for t in times.values())
-                gains = " ".join(f"{other / native:5.1f}x" for other in others)
-                columns.append(f"{native * 1e3:7.2f} ms {maps * size / native / 1e9:5.1f} GB/s {gains}")
-            print(f"{name:30s} forward {columns[0]}   backward {columns[1]}", flush=True)
+def norm_residual(maps, vectors, b, c, backend):
+    def call(x, o, weight, bias):
+        return dla_kernels.norm_residual(x, o, BatchNorm(weight, bias), relu="sum", backend=backend)
+
+    return call, [maps(), maps(), vectors(c), vectors(c)]
 
 
-if __name__ == "__main__":
-    main()
+# A filter's tap is two FLOPs an element; a gradient of it two for the map's and two for the filter's. BatchNorm takes
+# about six an element forward, with its moments, and ten backward.
+OPS = {
+    "gap_dsu": Op(gap_dsu, (1, 0), (1, 0), (2, 4)),
+    "refresh_gates": Op(refresh_gates, (0, 0), (0, 0), (T, 2 * T)),
+    # V from x, o from the V's, out from both; backward its sums, then the gradients of o, of V and of x.
+    "layer_attention": Op(layer_attention, (T + 6, T + 11), (2 * T + 24, 4 * T + 46)),
+    "light_update": Op(light_update, (6, 9), (27, 50)),
+    "light_update, filtered carry": Op(functools.partial(light_update, filtered=True), (6, 9), (43, 82)),
+    "norm_residual": Op(norm_residual, (4, 8), (8, 12)),
+}
+
+
+def build(op: Op, shape, dtype, layout, device, backend, exact=False) -> tuple[Callable, list[Tensor]]:
+    """The op's function and its arguments, the same at every call; with ``exact`` held in float64."""
+    b, c, h, w = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    def maps() -> Tensor:
+        x = random(b, c, h, w).to(dtype).to(torch.float64 if exact else dtype)
+        return x.to(device, memory_format=LAYOUTS[layout]).requires_grad_()
+
+    def vectors(*size: int) -> Tensor:
+        v = (random(*size) * size[-1] ** -0.5).to(torch.float64 if exact else torch.float32)
+        return v.to(device).requires_grad_()
+
+    return op.build(maps, vectors, b, c, backend)
+
+
+def results(function: Callable, arguments: list[Tensor]) -> list[Tensor]:
+    """Outputs, then gradients."""
+    outputs = _differentiable(function(*arguments))
+    return [
+        *(o.detach() for o in outputs),
+        *torch.autograd.grad(outputs, arguments, [torch.ones_like(o) for o in outputs]),
+    ]
+
+
+def _differentiable(outputs) -> list[Tensor]:
+    return [o for o in outputs if o is not None and o.requires_grad]
+
+
+def check(op: Op, shape, dtype, layout, device, backends: Sequence[str]) -> None:
+    """Every backend as near to the float64 reference as the reference itself is, give or take ``SLACK``.
+
+    Raises:
+        Wrong: one is not.
+    """
+    exact = results(*build(op, shape, dtype, layout, device, "reference", exact=True))
+
+    def errors(backend: str) -> list[float]:
+        got = results(*build(op, shape, dtype, layout, device, backend))
+        return [((g.double() - e).norm() / e.norm().clamp_min(1e-30)).item() for g, e in zip(got, exact, strict=True)]
+
+    own = errors("reference")
+    for backend in backends:
+        for i, (error, allowed) in enumerate(zip(errors(backend), own, strict=True)):
+            if not error <= SLACK * max(allowed, torch.finfo(dtype).eps):
+                raise Wrong(f"{backend}: result {i} is off by {error:.1e}, the reference by {allowed:.1e}")
+
+
+def available(device: torch.device) -> list[str]:
+    """The fused backends of a device, best first; Triton's interpreter is no rival."""
+    names = ("native", "triton") if device.type == "cuda" else ("native",)
+    return [b for b in names if why_not(b, device) is None]
+
+
+def prepare(op, shape, dtype, layout, direction, compiled, device) -> Prepared:
+    fused = available(device)
+    check(op, shape, dtype, layout, device, fused)
+    rivals = {b: run(op, shape, dtype, layout, direction, device, b) for b in [*fused, "reference"]}
+    if device.type == "cuda":
+        rivals |= {f"{b}, CUDA graph": graphed(rivals[b]) for b in fused}
+    if compiled:
+        torch._dynamo.reset()
+        rivals["compiled"] = run(op, shape, dtype, layout, direction, device, "reference", torch.compile)
+    source = torch.empty(shape, dtype=dtype, device=device)
+    rivals["copy"] = copy_of(source)
+    return Prepared(
+        rivals,
+        {
+            "bytes": op.bytes(shape, dtype, direction),
+            "flops": op.operations(shape, direction),
+            "map_bytes": source.nbytes,
+        },
+    )
+
+
+def run(op, shape, dtype, layout, direction, device, backend, transform=lambda f: f) -> Function:
+    """One direction of an op as a function of nothing."""
+    sets = max(1, BEYOND_CACHES // max(1, op.bytes(shape, dtype, 0))) if device.type == "cuda" else 1
+    functions = []
+    for _ in range(min(sets, 16)):
+        function, arguments = build(op, shape, dtype, layout, device, backend)
+        function = transform(function)
+        if direction == 0:
+            functions.append(functools.partial(function, *arguments))
+            continue
+        outputs = _differentiable(function(*arguments))
+        ones = [torch.ones_like(o) for o in outputs]
+        functions.append(functools.partial(torch.autograd.grad, outputs, arguments, ones, retain_graph=True))
+    return rotating(functions) if len(functions) > 1 else functions[0]
+
+
+def rows(device: torch.device, full: bool = False, ops: Sequence[str] = ()) -> Iterator[Row]:
+    """Ops by name, all of them by default.
+
+    Raises:
+        ValueError: an unknown op.
+    """
+    for name in ops:
+        if name not in OPS:
+            raise ValueError(f"`op` must be one of {'; '.join(OPS)}, got {name!r}")
+    short, more = SHAPES[device.type]
+    shapes = short + more if full else short
+    dtypes = ["float32", "bfloat16"] if full else ["bfloat16" if device.type == "cuda" else "float32"]
+    layouts = list(LAYOUTS) if full else ["channels_last" if device.type == "cuda" else "NCHW"]
+    for shape in shapes:
+        for dtype in dtypes:
+            for layout in layouts:
+                for name in ops or OPS:
+                    for direction, what in enumerate(("forward", "backward")):
+                        labels = {
+                            "op": name, "": what, "shape": "x".join(map(str, shape)), "dtype": dtype, "layout": layout,
+                        }  # fmt: skip
+                        compiled = full or shape == short[0]
+                        yield Row("ops", labels, "reference", functools.partial(
+                            prepare, OPS[name], shape, DTYPES[dtype], layout, direction, compiled
+                        ))  # fmt: skip

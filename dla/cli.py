@@ -1,4 +1,4 @@
-"""The console script `dla`: info, train, train-detection, evaluate, plot.
+"""The console script `dla`: info, train, train-detection, evaluate, plot, bench.
 
 Lightning and what goes with it take seconds to import, so each command imports what it needs.
 """
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 app = typer.Typer(help="Dynamic Layer Attention: train and look into models.", no_args_is_help=True)
@@ -333,6 +334,69 @@ def plot(
         figure = plots.layer_attention_heatmaps({classifier.hparams.model: maps})
         figure.savefig(out, dpi=300)
     typer.echo(f"written to {out}")
+
+
+@app.command()
+def bench(
+    questions: Annotated[
+        list[str] | None, typer.Argument(help="Some of ops, blocks, models, depth, launches. Default: all.")
+    ] = None,
+    op: Annotated[list[str] | None, typer.Option(help="Only these ops; an unknown one lists all.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Only these models; an unknown one lists all.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    full: Annotated[bool, typer.Option("--full", help="Every size, dtype, layout and model; hours on a CPU.")] = False,
+    out: Annotated[Path, typer.Option(help="A folder named after the device is made in it.")] = Path("bench"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that OUT holds.")] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Show what changed between two runs; exit status 1 past the threshold.", show_default=False),
+    ] = None,
+    threshold: Annotated[float, typer.Option(min=0, help="Change that counts, with --compare.")] = 0.1,
+) -> None:
+    """Measure the kernels, blocks and models on this machine: tables, pictures and bench.json in OUT/DEVICE."""
+    with bad_input():
+        from dla.benchmarks import report, run
+        from dla.training import writable_folder
+
+        if compare is not None:
+            raise typer.Exit(_compare(*map(report.load, compare), threshold))
+        where = run.find_device(device)
+        rows = run.rows_of(questions or [], where, full, op or [], model or [])
+        folder = writable_folder(out / run.slug(where))
+        session = run.Run(folder / "bench.json", where, resume)
+    console = Console()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    try:
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("limits of this machine", total=len(rows) + 1)
+            session.measure(
+                rows,
+                run.FULL_BUDGET_S if full else run.BUDGET_S,
+                lambda row: progress.update(task, advance=1, description=row.name),
+            )
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; {folder / 'bench.json'} keeps what was measured, --resume goes on", err=True)
+        raise typer.Exit(130) from None
+    console.print(report.limits_line(session.results))
+    console.print(*report.tables(session.results))
+    paths = report.write(session.results, folder)
+    typer.echo(f"written to {folder}: {', '.join(path.name for path in (session.path, *paths))}")
+    if any("error" in row for row in session.results["rows"]):
+        raise typer.Exit(1)
+
+
+def _compare(before: dict, after: dict, threshold: float) -> int:
+    from dla.benchmarks import report
+
+    rows = report.compare(before, after)
+    changed = [(name, a, b) for name, a, b in rows if abs(b / a - 1) > threshold]
+    table = Table("", "before", "after", "change", title="Time over the base's, where it changed")
+    for name, a, b in sorted(changed, key=lambda row: row[1] / row[2]):
+        table.add_row(name, f"{a:.3g}", f"{b:.3g}", f"{b / a - 1:+.0%}", style="red" if b > a else "green")
+    if changed:
+        Console().print(table)
+    typer.echo(f"{len(rows) - len(changed)} of {len(rows)} rows within {threshold:.0%}")
+    return int(any(b > a for _, a, b in changed))
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

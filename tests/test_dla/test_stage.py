@@ -4,10 +4,10 @@ from itertools import product
 import pytest
 import torch
 from helpers import assert_close, gradients
-from test_dla import literal
 from torch import nn
 
 import dla
+from dla.benchmarks import literal
 from dla.cells import State
 from dla.stage import create_stage
 

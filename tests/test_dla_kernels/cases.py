@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from functools import partial
 
+import pytest
 import torch
 from helpers import dsu_weights
 from torch import Tensor
@@ -11,6 +12,9 @@ import dla_kernels
 from dla_kernels import BatchNorm
 from dla_kernels.common import accumulate_dtype
 
+BACKENDS = [name for name, runs in dla_kernels.backends().items() if runs is True]
+#: The same where a test calls an op often or on many maps, which takes Triton's interpreter minutes.
+MANY_CALLS = [pytest.param(name, marks=pytest.mark.slow if name == "triton" else ()) for name in BACKENDS]
 #: How a map lies in memory. The first two are walked as they are, like their slices; the rest goes through a copy.
 LAYOUTS = ("planes", "rows", "planes sliced", "rows sliced", "transposed", "every second column", "expanded")
 

@@ -3,6 +3,8 @@ import os
 import pytest
 import torch
 
+from dla_kernels import triton
+
 # Before any kernel is imported: Triton decides then whether to interpret it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -16,3 +18,22 @@ def _new_memory_holds_nan():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _interpreter_prepares_once(monkeypatch):
+    """The interpreter patches ``triton.language`` again at every call of one device function by another, which takes
+    most of its time; once a launch, and once for Triton's own functions, is enough."""
+    if triton.why_not(torch.device("cpu")) is not None:
+        return
+    from triton.runtime import interpreter
+
+    def call(self, *args, **kwargs):
+        module = self.fn.__module__
+        if module.startswith("triton.") and module not in prepared:
+            interpreter._patch_lang(self.fn)
+            prepared.add(module)
+        return self.rewrite()(*args, **kwargs)
+
+    prepared = set()
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)

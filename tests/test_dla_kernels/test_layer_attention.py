@@ -2,11 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close, require_grad
-from test_dla_kernels.cases import stage
+from test_dla_kernels.cases import BACKENDS, MANY_CALLS, stage
 
-from dla_kernels import BatchNorm, backends, layer_attention
-
-BACKENDS = [name for name, runs in backends().items() if runs is True]
+from dla_kernels import BatchNorm, layer_attention
 
 
 def arguments(batch, channels, height, width, layers, dtype=torch.float64):
@@ -51,7 +49,7 @@ def test_equation(backend, shape, layers, head_dim):
         assert_close(out, expected, 1e-12, f"layer {t}")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MANY_CALLS)
 def test_gradcheck_of_a_stage(backend):
     """Through the handles, by which a value map's gradient reaches the layer that made it."""
     maps, q, k, gates, value_weights, norm = arguments(2, 4, 3, 2, 3)
@@ -61,7 +59,8 @@ def test_gradcheck_of_a_stage(backend):
     def op(q, k, gates, weight, bias, *rest):
         return stage(rest[:3], q, k, gates, rest[3:], BatchNorm(weight, bias), 2, backend)
 
-    assert torch.autograd.gradcheck(op, inputs)
+    # In Triton's interpreter along a random direction, not for every element.
+    assert torch.autograd.gradcheck(op, inputs, fast_mode=backend == "triton")
     if backend == "reference":
         assert torch.autograd.gradgradcheck(op, inputs)
 
@@ -136,7 +135,7 @@ def test_keeps_each_value_map_once(backend):
         assert (two, four, eight) == (6, 12, 24)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MANY_CALLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_maps_accumulate_in_float32(backend, dtype):
     maps, q, k, gates, value_weights, norm = arguments(2, 32, 9, 9, 12, dtype)

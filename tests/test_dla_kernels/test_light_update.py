@@ -2,10 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close, require_grad
+from test_dla_kernels.cases import BACKENDS
 
-from dla_kernels import BatchNorm, backends, light_update
+from dla_kernels import BatchNorm, light_update
 
-BACKENDS = [name for name, runs in backends().items() if runs is True]
 ORDER = ("x", "y", "query_weight", "key_weight", "value_weight", "carried", "carry_scale", "gate", "carry_weight")
 
 

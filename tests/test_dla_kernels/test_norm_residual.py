@@ -2,10 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close, gradients, require_grad
+from test_dla_kernels.cases import BACKENDS, MANY_CALLS
 
-from dla_kernels import BatchNorm, backends, norm_residual
+from dla_kernels import BatchNorm, norm_residual
 
-BACKENDS = [name for name, runs in backends().items() if runs is True]
 RELU = [None, "branch", "sum"]
 SHAPES = [
     pytest.param((3, 8, 5, 7), id="odd map"),
@@ -98,7 +98,7 @@ def test_no_books_are_kept_where_there_are_none(backend):
     assert_close(out, x + module(o), 1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MANY_CALLS)
 @pytest.mark.parametrize("relu", RELU)
 @pytest.mark.parametrize("training", [True, False])
 def test_gradcheck(backend, relu, training):
@@ -112,7 +112,8 @@ def test_gradcheck(backend, relu, training):
         norm = BatchNorm(weight, bias, **running, training=training)
         return norm_residual(x, o, norm, keep, relu, backend)
 
-    assert torch.autograd.gradcheck(op, inputs)
+    # In Triton's interpreter along a random direction, not for every element.
+    assert torch.autograd.gradcheck(op, inputs, fast_mode=backend == "triton")
     if backend == "reference":
         assert torch.autograd.gradgradcheck(op, inputs)
     else:

@@ -21,25 +21,6 @@ REASON = triton.why_not(DEVICE)
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
-@pytest.fixture(autouse=True)
-def _interpreter_prepares_once(monkeypatch):
-    """The interpreter patches ``triton.language`` again at every call of one device function by another, which takes
-    most of its time; once a launch, and once for Triton's own functions, is enough."""
-    if not triton.interpreting():
-        return
-    from triton.runtime import interpreter
-
-    def call(self, *args, **kwargs):
-        module = self.fn.__module__
-        if module.startswith("triton.") and module not in prepared:
-            interpreter._patch_lang(self.fn)
-            prepared.add(module)
-        return self.rewrite()(*args, **kwargs)
-
-    prepared = set()
-    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
-
-
 def on_device(call: Call) -> Call:
     """The same call there, every tensor with its strides."""
 
