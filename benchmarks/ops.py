@@ -32,8 +32,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 #: On a GPU the calls go round sets of arguments, of this many bytes together: more than its caches hold.
 BEYOND_CACHES = 2**28
-#: How much larger than the reference's own rounding error another backend's may be.
-SLACK = 8
+#: How much larger than the reference's own rounding error another backend's may be, and what its sums may lose in
+#: float32: they add up to some ten thousand elements in another order.
+SLACK, SUMS = 8, 64 * torch.finfo(torch.float32).eps
 
 
 class Op(NamedTuple):
@@ -169,7 +170,7 @@ def _differentiable(outputs) -> list[Tensor]:
 
 
 def check(op: Op, shape, dtype, layout, device, backends: Sequence[str]) -> None:
-    """Every backend as near to the float64 reference as the reference itself is, give or take ``SLACK``.
+    """Every backend is about as near to the float64 reference as the reference itself.
 
     Raises:
         Wrong: one is not.
@@ -183,7 +184,7 @@ def check(op: Op, shape, dtype, layout, device, backends: Sequence[str]) -> None
     own = errors("reference")
     for backend in backends:
         for i, (error, allowed) in enumerate(zip(errors(backend), own, strict=True)):
-            if not error <= SLACK * max(allowed, torch.finfo(dtype).eps):
+            if not error <= SLACK * allowed + SUMS:
                 raise Wrong(f"{backend}: result {i} is off by {error:.1e}, the reference by {allowed:.1e}")
 
 

@@ -45,9 +45,10 @@ class BatchNorm(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> "BatchNorm":
         """With weight, bias and constant statistics in ``dtype``; running ones that training writes keep their own."""
-        running = (self.running_mean, self.running_var)
-        if not self.training:
-            running = (t.to(dtype) for t in running)
+        constants = () if self.training else (self.running_mean, self.running_var)
+        if all(t.dtype == dtype for t in (self.weight, self.bias, *constants)):
+            return self
+        running = (self.running_mean, self.running_var) if self.training else (t.to(dtype) for t in constants)
         return BatchNorm(self.weight.to(dtype), self.bias.to(dtype), *running, *self[4:])
 
     @property

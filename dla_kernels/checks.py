@@ -77,15 +77,16 @@ class Checker:
         """A BatchNorm over C channels; ``values`` is what a channel has of the map it normalises."""
         if not isinstance(norm, BatchNorm):
             self.fail(f"`norm` must be a dla_kernels.BatchNorm, got {type(norm).__name__}")
-        running = norm.running_mean, norm.running_var
-        if not norm.training and None in running:
+        if not norm.training and (norm.running_mean is None or norm.running_var is None):
             self.fail("`norm` must have running statistics where it is not training")
         if norm.training and values == 1:
             self.fail("BatchNorm in training needs more than one value per channel, got a batch of one pixel")
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            tensor = getattr(norm, name)
-            if tensor is not None or not name.startswith("running"):
-                self.weight(f"norm.{name}", tensor, "C")
+        self.weight("norm.weight", norm.weight, "C")
+        self.weight("norm.bias", norm.bias, "C")
+        if norm.running_mean is not None:
+            self.weight("norm.running_mean", norm.running_mean, "C")
+        if norm.running_var is not None:
+            self.weight("norm.running_var", norm.running_var, "C")
 
     def odd(self, name: str, dim: str) -> None:
         if self.dims[dim] % 2 == 0:
@@ -106,17 +107,22 @@ class Checker:
     def _shape(self, name: str, x: Tensor, layout: str) -> None:
         if not isinstance(x, Tensor):
             self.fail(f"`{name}` must be a tensor, got {type(x).__name__}")
-        names = layout.split()
         # A digit stands for itself, a known name for its bound value, a new name for whatever comes.
-        expected = [int(n) if n.isdigit() else self.dims.get(n) for n in names]
-        if x.dim() != len(names) or any(e is not None and e != s for e, s in zip(expected, x.shape, strict=True)):
-            wanted = ", ".join(
-                n if e is None or n.isdigit() else f"{n}={e}" for n, e in zip(names, expected, strict=True)
-            )
-            self.fail(f"`{name}` must have shape ({wanted}), got {tuple(x.shape)}")
-        self.dims.update((n, s) for n, s in zip(names, x.shape, strict=True) if not n.isdigit())
+        names, shape, bound = layout.split(), x.shape, self.dims
+        if len(shape) != len(names):
+            self._fail_shape(name, names, shape)
+        for n, size in zip(names, shape, strict=True):
+            if size != (int(n) if n.isdigit() else bound.get(n, size)):
+                self._fail_shape(name, names, shape)
+        for n, size in zip(names, shape, strict=True):
+            if not (n.isdigit() or n in bound):
+                bound[n] = size
         if self.first is None:
             self.first = (name, x)
         first_name, first = self.first
         if x.device != first.device:
             self.fail(f"`{name}` must be on the device of `{first_name}`, {first.device}, got {x.device}")
+
+    def _fail_shape(self, name: str, names: list[str], shape: torch.Size) -> None:
+        wanted = ", ".join(f"{n}={self.dims[n]}" if n in self.dims else n for n in names)
+        self.fail(f"`{name}` must have shape ({wanted}), got {tuple(shape)}")

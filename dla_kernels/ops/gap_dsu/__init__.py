@@ -88,7 +88,7 @@ def gap_dsu(
         return reference.gap_dsu(x, h, c, weights, activation, carried, gate)
     weights = weights if isinstance(weights, DsuWeights) else pack_dsu(weights)
     sigma = tuple(ACTIVATIONS).index(activation)
-    y, h, c, d = GapDsu.apply(
+    y, h, c, d = GapDsu.call(
         x, h, c, carried, weights.packed.to(h.dtype), weights.joint, sigma, gate == "context", chosen
     )
     return x if pooled else y, h, c, None if carried is None else d

@@ -1,9 +1,9 @@
 """``gap_dsu`` with its gradient, over the fused backends."""
 
-import torch
 from torch import Tensor
 
 from dla_kernels import double_backward, native, triton
+from dla_kernels.autograd import Function
 from dla_kernels.native import empty_dense_like
 
 
@@ -37,7 +37,7 @@ BACKENDS = {
 }
 
 
-class GapDsu(torch.autograd.Function):
+class GapDsu(Function):
     """Saves vectors and weights; the gradient of a map is one number for each channel, handed on without being
     written out."""
 

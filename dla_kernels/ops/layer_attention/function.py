@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dla_kernels import double_backward, native, triton
+from dla_kernels.autograd import Function
 from dla_kernels.batch_norm import BatchNorm, gradient_sums
 from dla_kernels.native import empty_dense_like, empty_map_like
 from dla_kernels.ops.light_update import function as light_update
@@ -94,7 +95,7 @@ def attend(
 ) -> tuple[Tensor, Layer, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """The op under autograd: its output, its layer, and what is said of the statistics."""
     handles = [layer.handles[len(prior) - m - 1] for m, layer in enumerate(prior) if layer.handles]  # else no gradient
-    out, value, pooled, *edges, _, mean, var, share = LayerAttention.apply(
+    out, value, pooled, *edges, _, mean, var, share = LayerAttention.call(
         x, q, k, gates, value_weight, norm.weight, norm.bias, keep, *norm.constants, norm.eps, head_dim, norm.group,
         followers, backend, len(prior), *(layer.value for layer in prior), *(t for handle in handles for t in handle),
     )  # fmt: skip
@@ -102,7 +103,7 @@ def attend(
     return out, Layer(value, pooled, made), mean, var, share
 
 
-class LayerAttention(torch.autograd.Function):
+class LayerAttention(Function):
     """Saves ``x``, the value maps, which a stage shares, ``o`` and vectors.
 
     Only the layer's own value map gets its gradient here. The prior ones' part leaves by their handles as two factors,

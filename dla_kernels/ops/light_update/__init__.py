@@ -99,7 +99,7 @@ def light_update(
     elif not (norm.training or torch.is_grad_enabled()) and keep is None:
         return folded(*attention, norm, head_dim, need_o, chosen)
     else:
-        out, out_mean, o, o_mean, mean, var, share = LightUpdate.apply(
+        out, out_mean, o, o_mean, mean, var, share = LightUpdate.call(
             *attention, norm.weight, norm.bias, keep, *norm.constants, norm.eps, head_dim, norm.group, chosen
         )
     keep_books(norm, mean, var, count_of(x), share, chosen)

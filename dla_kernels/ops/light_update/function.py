@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dla_kernels import double_backward, native, triton
+from dla_kernels.autograd import Function
 from dla_kernels.batch_norm import BatchNorm, gradient_sums
 from dla_kernels.native import empty_dense_like, empty_map_like
 from dla_kernels.ops.norm_residual import function as norm_residual
@@ -100,7 +101,7 @@ def _zeros(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return zeros[1:], zeros[0, :1].view(1, 1, 1), zeros[0]
 
 
-class LightUpdate(torch.autograd.Function):
+class LightUpdate(Function):
     """Saves ``x``, ``carried``, ``o`` and vectors; the value map is never written, not even for the backward.
 
     One pass takes the gradients of ``out`` and of ``o`` together, through the residual, BatchNorm and the attention.

@@ -58,7 +58,7 @@ def norm_residual(
     if chosen == "reference":
         out, y, mean, var, share = reference.norm_residual(x, o, norm, keep, relu)
     else:
-        out, y, mean, var, share = NormResidual.apply(
+        out, y, mean, var, share = NormResidual.call(
             x, o, norm.weight, norm.bias, keep, *norm.constants, norm.eps, relu, norm.group, chosen
         )
     keep_books(norm, mean, var, count_of(o), share, chosen)

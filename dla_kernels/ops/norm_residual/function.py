@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dla_kernels import double_backward, native, triton
+from dla_kernels.autograd import Function
 from dla_kernels.batch_norm import BatchNorm, across, gradient_sums
 from dla_kernels.native import empty_dense_like, empty_map_like
 from dla_kernels.ops.norm_residual import reference
@@ -79,7 +80,7 @@ def keep_books(norm: BatchNorm, mean: Tensor, var: Tensor, count: int, share: Te
     update(norm.running_mean, norm.running_var, norm.num_batches_tracked, mean, var, norm.momentum, count)
 
 
-class NormResidual(torch.autograd.Function):
+class NormResidual(Function):
     """Saves ``o`` and vectors, and ``out`` where the ReLU follows the addition; what follows y is detached.
 
     The gradient of ``x`` is that of ``out`` itself where neither y's nor a ReLU's is between them.

@@ -61,6 +61,6 @@ def refresh_gates(
         return reference.refresh_gates(features, gates, h, c, weights, activation, gate)
     weights = weights if isinstance(weights, DsuWeights) else pack_dsu(weights)
     sigma = tuple(ACTIVATIONS).index(activation)
-    return RefreshGates.apply(
+    return RefreshGates.call(
         features, gates, h, c, weights.packed.to(h.dtype), weights.joint, sigma, gate == "context", chosen
     )

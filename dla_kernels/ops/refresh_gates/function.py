@@ -1,9 +1,9 @@
 """``refresh_gates`` with its gradient, over the fused backends."""
 
-import torch
 from torch import Tensor
 
 from dla_kernels import double_backward, native, triton
+from dla_kernels.autograd import Function
 from dla_kernels.native import empty_dense_like
 
 
@@ -28,7 +28,7 @@ BACKENDS = {
 }
 
 
-class RefreshGates(torch.autograd.Function):
+class RefreshGates(Function):
     """Saves its arguments: what a step computes on its way is computed again."""
 
     @staticmethod
