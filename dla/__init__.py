@@ -2,7 +2,7 @@
 
 from dla.checkpoints import load_released
 from dla.config import CONFIGS, OFFICIAL, PAPER, RELEASED, Config
-from dla.resnet import create_model, list_models, resnet, resnet_cifar
+from dla.resnet import ResNet, create_model, list_models, resnet, resnet_cifar
 from dla.stage import create_stage, layer_attention_maps
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "PAPER",
     "RELEASED",
     "Config",
+    "ResNet",
     "create_model",
     "create_stage",
     "layer_attention_maps",

@@ -1,4 +1,4 @@
-"""Weights of the authors' released models, read into ours."""
+"""Files of weights: models of ours, and weights of the authors' released models, read into ours."""
 
 import re
 from collections.abc import Mapping
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from dla.resnet import ResNet
 
 #: From the released names to ours, in this order. They cover DLA, MRLA, DIANet and the plain networks of the release.
 _RULES = tuple(
@@ -28,7 +30,7 @@ _RULES = tuple(
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Reads a file of tensors and plain values; nothing in it is executed.
+    """Reads a file of tensors and plain values, safetensors or torch's; nothing in it is executed.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -38,6 +40,10 @@ def load_checkpoint(path: str | Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"`path` must be a checkpoint file, there is none at {path}")
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file  # optional
+
+            return load_file(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -45,6 +51,20 @@ def load_checkpoint(path: str | Path) -> dict:
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} must hold a dictionary, got {type(checkpoint).__name__}")
     return checkpoint
+
+
+def load_model(path: str | Path) -> ResNet:
+    """The model of a checkpoint of ``dla train`` or of a folder that ``save_pretrained`` wrote, in eval mode.
+
+    Raises:
+        FileNotFoundError: there is neither.
+        ValueError: what is there does not hold a model.
+    """
+    if Path(path).is_dir():
+        return ResNet.from_pretrained(path)
+    from dla.training import load_classifier  # Lightning takes seconds to import
+
+    return load_classifier(path).net.eval()
 
 
 def load_released(model: nn.Module, state_dict: Mapping[str, Tensor] | str | Path) -> nn.Module:

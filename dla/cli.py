@@ -1,10 +1,10 @@
-"""The console script `dla`: info, train, evaluate, plot.
+"""The console script `dla`: info, train, train-detection, evaluate, plot, bench.
 
 Lightning and what goes with it take seconds to import, so each command imports what it needs.
 """
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ def bad_input() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ImportError, ValueError, OSError) as error:
         Console(stderr=True, soft_wrap=True).print(f"dla: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(2) from error
 
@@ -136,8 +136,7 @@ def train(
             model_args |= {"num_classes": sets.num_classes, "in_chans": sets.in_chans}
             classifier = training.Classifier(model, chosen, model_args, data, seed or 0)
             out = out or Path("runs") / f"{model}-{data.partition(':')[0]}"
-            if (out / "last.ckpt").exists():
-                raise ValueError(f"--out {out} holds a run already: --resume {out / 'last.ckpt'}, or another --out")
+            _refuse_old_run(out)
         trainer = training.make_trainer(
             classifier.recipe.epochs,
             out,
@@ -155,6 +154,119 @@ def train(
     trainer.fit(classifier, images, ckpt_path=resume, weights_only=True)
     if trainer.is_global_zero:
         _report(trainer.callback_metrics)
+        typer.echo(f"written to {out}: last.ckpt, best.ckpt, {Path(trainer.logger.log_dir).name}/metrics.csv")
+
+
+@app.command()
+def train_detection(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Such as fasterrcnn_resnet50_dla_l_fpn, maskrcnn_...; an unknown name lists all."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of annotations/instances_{train,val}2017.json, train2017/ and val2017/."),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Classifier to start from: checkpoint of `dla train`, or save_pretrained's folder."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of logs and checkpoints. Default: runs/MODEL.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from; it carries model and recipe.")] = None,
+    cell: Annotated[str | None, typer.Option(help="dsu, dia, lstm or rnn.")] = None,
+    config: Annotated[str | None, typer.Option(help="Reading of DLA: paper, official or released.")] = None,
+    reduction: Annotated[int | None, typer.Option(help="Reduction r of the cell.")] = None,
+    trainable_layers: Annotated[
+        int | None, typer.Option(help="Trained layers of the backbone. Default: all but two, without --weights all.")
+    ] = None,
+    fpn_channels: Annotated[int | None, typer.Option(help="Channels of the pyramid. Default: 256.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Default: 0.", show_default=False)] = None,
+    epochs: Annotated[int | None, typer.Option(help="May be raised on a resume.", rich_help_panel=OF_RECIPE)] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images in a step, over all devices.", rich_help_panel=OF_RECIPE)
+    ] = None,
+    lr: Annotated[float | None, typer.Option(rich_help_panel=OF_RECIPE)] = None,
+    momentum: Annotated[float | None, typer.Option(rich_help_panel=OF_RECIPE)] = None,
+    weight_decay: Annotated[float | None, typer.Option(rich_help_panel=OF_RECIPE)] = None,
+    milestones: Annotated[
+        str | None, typer.Option(help="Epochs at which the rate falls, such as 8,11.", rich_help_panel=OF_RECIPE)
+    ] = None,
+    gamma: Annotated[float | None, typer.Option(help="Factor of the rate at each.", rich_help_panel=OF_RECIPE)] = None,
+    warmup_steps: Annotated[int | None, typer.Option(rich_help_panel=OF_RECIPE)] = None,
+    drop_path_rate: Annotated[float | None, typer.Option(rich_help_panel=OF_RECIPE)] = None,
+    short_side: Annotated[
+        int | None, typer.Option(help="Pixels that images are scaled to.", rich_help_panel=OF_RECIPE)
+    ] = None,
+    accelerator: Annotated[str, typer.Option(help="auto, cpu, gpu, ...", rich_help_panel=OF_MACHINE)] = "auto",
+    devices: Annotated[
+        str, typer.Option(help="auto, a number, or indices such as 0,1; DDP if several.", rich_help_panel=OF_MACHINE)
+    ] = "auto",
+    num_nodes: Annotated[int, typer.Option(min=1, rich_help_panel=OF_MACHINE)] = 1,
+    precision: Annotated[str, typer.Option(help="32, bf16-mixed or 16-mixed.", rich_help_panel=OF_MACHINE)] = "32",
+    workers: Annotated[int, typer.Option(help="Loader processes per device.", rich_help_panel=OF_MACHINE)] = 4,
+    limit_train_batches: Annotated[int | None, typer.Option(min=1, help="Batches of an epoch.")] = None,
+    limit_val_batches: Annotated[int | None, typer.Option(min=1, help="Batches of a validation.")] = None,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+) -> None:
+    """Train a detector on COCO or data laid out like it, by default as the paper does. OUT is as of `train`."""
+    with bad_input():
+        from dla import training
+        from dla.detection.data import CocoData, open_coco
+        from dla.detection.training import COCO, Detector, load_detector
+
+        training.quiet_lightning()
+        fields = {
+            "batch_size": batch_size,
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "milestones": _epochs(milestones),
+            "gamma": gamma,
+            "warmup_steps": warmup_steps,
+            "drop_path_rate": drop_path_rate,
+            "short_side": short_side,
+        }
+        model_args = {
+            "weights": weights,
+            "cell": cell,
+            "config": config,
+            "reduction": reduction,
+            "trainable_layers": trainable_layers,
+            "fpn_channels": fpn_channels,
+        }
+        if resume is not None:
+            _refuse_with_resume({"model": model, "seed": seed} | model_args | fields)
+            detector = load_detector(resume, epochs)
+            data = data or Path(detector.hparams.data)
+            detector.hparams.data = str(data)
+            out = out or resume.parent
+        elif model is None or data is None:
+            raise ValueError("--model and --data are required, or --resume with a checkpoint")
+        else:
+            recipe = replace(COCO, **_given(fields | {"epochs": epochs}))
+            out = out or Path("runs") / model
+            _refuse_old_run(out)
+        sets = open_coco(data, (model or detector.hparams.model).startswith("maskrcnn"))
+        if resume is None:
+            detector = Detector(model, recipe, sets.train.categories, _given(model_args), str(data), seed or 0)
+        elif sets.train.categories != detector.hparams.categories:
+            known, given = (", ".join(names) for names in (detector.hparams.categories, sets.train.categories))
+            raise ValueError(f"the model knows {known}, the data {given}")
+        trainer = training.make_trainer(
+            detector.recipe.epochs,
+            out,
+            progress=progress,
+            monitor="val_ap",
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
+            precision=precision,
+            **_given({"limit_train_batches": limit_train_batches, "limit_val_batches": limit_val_batches}),
+        )
+        images = CocoData(sets, detector.recipe.batch_size, trainer.world_size, workers, detector.hparams.seed)
+    trainer.fit(detector, images, ckpt_path=resume, weights_only=True)
+    if trainer.is_global_zero:
+        _report(trainer.callback_metrics, [f"{name}{end}" for name in detector.scores.values() for end in ("", "50")])
         typer.echo(f"written to {out}: last.ckpt, best.ckpt, {Path(trainer.logger.log_dir).name}/metrics.csv")
 
 
@@ -311,6 +423,11 @@ def _refuse_with_resume(options: dict[str, Any]) -> None:
         raise ValueError(f"{given}: not with --resume, the checkpoint carries it; only --epochs may change")
 
 
+def _refuse_old_run(out: Path) -> None:
+    if (out / "last.ckpt").exists():
+        raise ValueError(f"--out {out} holds a run already: --resume {out / 'last.ckpt'}, or another --out")
+
+
 def _check_fit(classifier, sets) -> None:
     args = classifier.hparams.model_args
     for name in ("num_classes", "in_chans"):
@@ -318,8 +435,8 @@ def _check_fit(classifier, sets) -> None:
             raise ValueError(f"the model has {name} {args[name]}, the data {getattr(sets, name)}")
 
 
-def _report(metrics: dict[str, Any]) -> None:
-    for name in ("val_accuracy", "val_top5", "val_loss"):
+def _report(metrics: dict[str, Any], names: Sequence[str] = ("val_accuracy", "val_top5", "val_loss")) -> None:
+    for name in names:
         typer.echo(f"  {name.removeprefix('val_'):<9} {float(metrics[name]):.4f}")
 
 

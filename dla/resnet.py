@@ -1,11 +1,13 @@
 """ResNets of bottleneck blocks, for CIFAR and ImageNet, whose stages take a layer interaction."""
 
 import re
+from dataclasses import asdict
 
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from dla.config import PAPER, Config
+from dla.hub import Shared
 from dla.stage import INTERACTIONS, create_stage
 from dla_kernels import BatchNorm, norm_residual
 from dla_kernels.common import gap
@@ -56,10 +58,17 @@ class Bottleneck(nn.Module):
         return self.act(self.drop_path(branch) + shortcut)
 
 
-class ResNet(nn.Module):
+class ResNet(
+    nn.Module,
+    Shared,
+    library_name="dla-kernels",
+    pipeline_tag="image-classification",
+    paper_url="https://arxiv.org/abs/2406.13392",
+):
     """A residual network whose stages take a layer interaction.
 
-    Drop path falls on the attention output where there is attention, else on the residual branch.
+    Drop path falls on the attention output where there is attention, else on the residual branch. ``save_pretrained``,
+    ``from_pretrained`` and ``push_to_hub`` are those of :class:`huggingface_hub.PyTorchModelHubMixin`.
 
     Args:
         stem: "cifar", a 3x3 convolution; "imagenet", a 7x7 one of stride 2 and a max pool.
@@ -91,6 +100,11 @@ class ResNet(nn.Module):
             raise ValueError(f"`num_classes` must be at least 0, `in_chans` 1, got {num_classes} and {in_chans}")
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f"`drop_path_rate` must be in [0, 1), got {drop_path_rate}")
+        self.arguments = {
+            "stem": stem, "depths": list(depths), "widths": list(widths), "interaction": interaction, "cell": cell,
+            "config": asdict(config), "reduction": reduction, "num_classes": num_classes, "in_chans": in_chans,
+            "drop_path_rate": drop_path_rate,
+        }  # fmt: skip
         channels = widths[0]
         self.in_chans = in_chans
         if stem == "imagenet":
@@ -125,7 +139,7 @@ class ResNet(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int) -> None:
-        self.num_classes = num_classes
+        self.num_classes = self.arguments["num_classes"] = num_classes
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def forward_features(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Training of image classifiers on Lightning: recipes, the module, its checkpoints and its trainer.
+"""Training on Lightning: recipes, the module, its checkpoints and its trainer.
 
 A training in three lines:
 
@@ -11,10 +11,11 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -92,7 +93,27 @@ def recipe_for(data: str, name: str | None = None) -> Recipe:
     return RECIPES[name]
 
 
-class Classifier(LightningModule):
+class Module(LightningModule):
+    """What classifiers and detectors share: seeds and the optimiser of their `recipe`. They keep a model in `net`."""
+
+    recipe: Recipe
+
+    def on_train_epoch_start(self) -> None:
+        # Chance then depends on the epoch, not on what came before: a resumed run repeats an unbroken one.
+        torch.manual_seed(mix_seed(self.hparams.seed, self.current_epoch, self.global_rank))
+
+    def configure_optimizers(self) -> dict:
+        recipe = self.recipe
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = SGD(parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
+        schedules = [MultiStepLR(optimizer, recipe.milestones, recipe.gamma)]
+        if recipe.warmup_epochs:
+            start = 1 / (recipe.warmup_epochs + 1)
+            schedules.append(LinearLR(optimizer, start_factor=start, total_iters=recipe.warmup_epochs))
+        return {"optimizer": optimizer, "lr_scheduler": ChainedScheduler(schedules, optimizer)}
+
+
+class Classifier(Module):
     """A model of `dla.create_model` with its training and evaluation.
 
     All arguments are plain values and travel in every checkpoint, so that `load_classifier` needs the file alone.
@@ -100,7 +121,7 @@ class Classifier(LightningModule):
     Args:
         model: one of `dla.list_models()`.
         recipe: a Recipe, or its fields as a dict.
-        model_args: arguments of `dla.create_model`; `config` by its name in `dla.CONFIGS`.
+        model_args: arguments of `dla.create_model`; `config` as `named_config` takes it.
         data: the image sets it is for, as `dla.data.open_sets` reads them.
         seed: of the weights, and of drop path.
 
@@ -118,9 +139,7 @@ class Classifier(LightningModule):
         self.save_hyperparameters(plain)
         self.recipe = recipe
         if "config" in model_args:
-            if model_args["config"] not in dla.CONFIGS:
-                raise ValueError(f"`config` must be one of {', '.join(dla.CONFIGS)}, got {model_args['config']!r}")
-            model_args["config"] = dla.CONFIGS[model_args["config"]]
+            model_args["config"] = named_config(model_args["config"])
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.net = dla.create_model(model, drop_path_rate=recipe.drop_path_rate, **model_args)
@@ -132,10 +151,6 @@ class Classifier(LightningModule):
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> logits (B, num_classes)."""
         return self.net(x)
-
-    def on_train_epoch_start(self) -> None:
-        # Drop path then depends on the epoch, not on what came before: a resumed run repeats an unbroken one.
-        torch.manual_seed(mix_seed(self.hparams.seed, self.current_epoch, self.global_rank))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
@@ -155,14 +170,17 @@ class Classifier(LightningModule):
         self.log("val_accuracy", self.val_accuracy, prog_bar=True)
         self.log("val_top5", self.val_top5)
 
-    def configure_optimizers(self) -> dict:
-        recipe = self.recipe
-        optimizer = SGD(self.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
-        schedules = [MultiStepLR(optimizer, recipe.milestones, recipe.gamma)]
-        if recipe.warmup_epochs:
-            start = 1 / (recipe.warmup_epochs + 1)
-            schedules.append(LinearLR(optimizer, start_factor=start, total_iters=recipe.warmup_epochs))
-        return {"optimizer": optimizer, "lr_scheduler": ChainedScheduler(schedules, optimizer)}
+
+M = TypeVar("M", bound=Module)
+
+
+def named_config(config: str | dict[str, Any]) -> dla.Config:
+    """The reading by its name in `dla.CONFIGS`, or by its fields. Raises ValueError for an unknown name."""
+    if isinstance(config, dict):
+        return dla.Config(**config)
+    if config not in dla.CONFIGS:
+        raise ValueError(f"`config` must be one of {', '.join(dla.CONFIGS)}, got {config!r}")
+    return dla.CONFIGS[config]
 
 
 def load_classifier(checkpoint: str | Path, epochs: int | None = None) -> Classifier:
@@ -172,18 +190,23 @@ def load_classifier(checkpoint: str | Path, epochs: int | None = None) -> Classi
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated, or was not written by a trainer of a Classifier.
     """
+    return load_module(Classifier, "dla train", checkpoint, epochs)
+
+
+def load_module(kind: type[M], command: str, checkpoint: str | Path, epochs: int | None = None) -> M:
+    """`load_classifier` for any Module whose arguments are its hyperparameters; `command` is what writes it."""
     state = load_checkpoint(checkpoint)
     arguments = state.get("hyper_parameters")
-    if not isinstance(arguments, dict) or set(arguments) != {"model", "recipe", "model_args", "data", "seed"}:
-        raise ValueError(f"{checkpoint} is no checkpoint of `dla train`: it does not name its model")
+    if not isinstance(arguments, dict) or arguments.keys() != signature(kind).parameters.keys():
+        raise ValueError(f"{checkpoint} is no checkpoint of `{command}`: it does not name its model")
     if epochs is not None:
         arguments["recipe"]["epochs"] = epochs
-    classifier = Classifier(**arguments)
+    module = kind(**arguments)
     try:
-        classifier.load_state_dict(state["state_dict"])
+        module.load_state_dict(state["state_dict"])
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"{checkpoint} holds weights that do not fit its model {arguments['model']}") from error
-    return classifier
+    return module
 
 
 def writable_folder(out: str | Path) -> Path:
@@ -199,7 +222,7 @@ def writable_folder(out: str | Path) -> Path:
 def quiet_lightning() -> None:
     """Silences Lightning's hints on every start; its warnings about a run stay."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for hint in ("does not have many workers", "exists and is not empty", "treespec, LeafSpec"):
+    for hint in ("does not have many workers", "exists and is not empty", "treespec, LeafSpec", "in eval mode at the"):
         warnings.filterwarnings("ignore", f".*{hint}.*")
 
 
@@ -208,16 +231,18 @@ def make_trainer(
     out: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
+    monitor: str = "val_accuracy",
     **options: Any,
 ) -> Trainer:
     """A Lightning trainer for `epochs` epochs.
 
     Args:
         epochs: how many, counted from the run's beginning also when it resumes.
-        out: folder that gets `last.ckpt` after every epoch, `best.ckpt` (highest held-out accuracy) and
+        out: folder that gets `last.ckpt` after every epoch, `best.ckpt` (highest `monitor`) and
             `version_N/metrics.csv`; None writes nothing.
         callbacks: more callbacks.
         progress: whether to show a progress bar.
+        monitor: the logged measure by which an epoch is the best.
         options: of `lightning.pytorch.Trainer`, e.g. `accelerator`, `devices`, `precision`.
 
     Raises:
@@ -232,7 +257,7 @@ def make_trainer(
         checkpoint = {"dirpath": out, "enable_version_counter": False, "save_on_train_epoch_end": True}
         callbacks += [
             LearningRateMonitor(),
-            ModelCheckpoint(filename="best", monitor="val_accuracy", mode="max", **checkpoint),
+            ModelCheckpoint(filename="best", monitor=monitor, mode="max", **checkpoint),
             ModelCheckpoint(filename="last", **checkpoint),
         ]
     try:

@@ -3,6 +3,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import dla
 
@@ -102,6 +103,13 @@ def test_from_a_file(tmp_path):
     assert all(torch.equal(model.state_dict()[key], value) for key, value in source.state_dict().items())
 
 
+def test_from_safetensors(tmp_path):
+    source, state = released("dla_l")
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "model.safetensors")
+    model = dla.load_released(dla.create_model("resnet20_dla_l", config=dla.RELEASED), tmp_path / "model.safetensors")
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in source.state_dict().items())
+
+
 @pytest.mark.parametrize("name", ["resnet20_dla_b", "resnet20", "resnet29_dla_l"])
 def test_left_over_keys_are_listed_and_nothing_is_loaded(name):
     _, state = released("dla_l")
@@ -143,10 +151,11 @@ def test_unreadable_files(tmp_path):
     torch.save(released("dla_l")[1], good)
     (tmp_path / "cut.pth").write_bytes(good.read_bytes()[:1000])
     (tmp_path / "text.pth").write_text("not a checkpoint")
+    (tmp_path / "text.safetensors").write_text("not a checkpoint")
     (tmp_path / "code.pth").write_bytes(pickle.dumps({"state_dict": Payload()}, protocol=2))
-    for name in ("cut", "text", "code"):
-        with pytest.raises(ValueError, match=rf"{name}\.pth is no readable checkpoint of tensors and plain values: \w"):
-            dla.load_released(model, tmp_path / f"{name}.pth")
+    for name in ("cut.pth", "text.pth", "text.safetensors", "code.pth"):
+        with pytest.raises(ValueError, match=f"{name} is no readable checkpoint of tensors and plain values: \\w"):
+            dla.load_released(model, tmp_path / name)
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match=r"list\.pth must hold a dictionary, got list"):
         dla.load_released(model, tmp_path / "list.pth")
