@@ -2,6 +2,7 @@
 
 from dla.checkpoints import load_released
 from dla.config import CONFIGS, OFFICIAL, PAPER, RELEASED, Config
+from dla.fuse import fuse, fusion_report, unfuse
 from dla.resnet import create_model, list_models, resnet, resnet_cifar
 from dla.stage import create_stage, layer_attention_maps
 
@@ -13,9 +14,12 @@ __all__ = [
     "Config",
     "create_model",
     "create_stage",
+    "fuse",
+    "fusion_report",
     "layer_attention_maps",
     "list_models",
     "load_released",
     "resnet",
     "resnet_cifar",
+    "unfuse",
 ]

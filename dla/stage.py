@@ -5,6 +5,7 @@ Layer-wise information integration also takes its ``drop_path``. One that has ``
 shortcut)`` saves layer attention a pass over the map.
 """
 
+import contextlib
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -13,10 +14,30 @@ from torch import Tensor, nn
 from dla.attention import BaseLayerAttention, LightLayerAttention
 from dla.cells import Cell, State, create_cell
 from dla.config import PAPER, Config
+from dla_kernels import use_backend
 from dla_kernels.common import channel_conv, gap
 
 
-class LIIStage(nn.Module):
+class Stage(nn.Module):
+    """Base of the stages with a layer interaction, which define ``run(x)``.
+
+    Attributes:
+        backend: that the ops of this stage run on, see :mod:`dla_kernels.backend`; "auto" leaves it to them.
+    """
+
+    backend: str = "auto"
+
+    def forward(self, x: Tensor) -> Tensor:
+        with on_backend(self.backend):
+            return self.run(x)
+
+
+def on_backend(name: str) -> contextlib.AbstractContextManager:
+    """Inside it the ops run on the backend ``name``; "auto" leaves an outer choice as it is."""
+    return contextlib.nullcontext() if name == "auto" else use_backend(name)
+
+
+class LIIStage(Stage):
     """Layer-wise information integration (the paper's section 5.3; DIANet where the cell is DIA).
 
     y = GAP(branch), (h, c) <- cell(y, (h, c)), x = act(shortcut + branch * h), from a state of zeros.
@@ -27,7 +48,7 @@ class LIIStage(nn.Module):
         self.blocks = _blocks(blocks)
         self.cell = cell
 
-    def forward(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         state = None
         for block in self.blocks:
             branch, shortcut = block.branches(x)
@@ -36,7 +57,7 @@ class LIIStage(nn.Module):
         return x
 
 
-class _AttentionStage(nn.Module):
+class _AttentionStage(Stage):
     """What both forms of layer attention share. Without a cell nothing is refreshed: MRLA."""
 
     def __init__(self, blocks: Iterable[nn.Module], attention: Iterable[nn.Module], cell: Cell | None, config: Config):
@@ -61,7 +82,7 @@ class BaseStage(_AttentionStage):
     linearly in the blocks, and the refresh moves vectors only.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         state, layers = None, []
         key_value = self.config.cache == "key_value"
         # [B, T, C] each: one set of features and gates for a layer, or one for its key and one for its value.
@@ -94,7 +115,7 @@ class LightStage(_AttentionStage):
             channels = cell.channels
             self.carry_conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         state = carried = carried_gap = x_gap = None
         carries_output = self.config.carry == "output"
         carry_weight = None if self.carry_conv is None else self.carry_conv.weight
@@ -222,8 +243,12 @@ def _output(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A block's plain output [B, C, H, W], its GAP [B, C] and its shortcut [B, C, H, W]."""
     if hasattr(block, "output"):
         return block.output(x)
-    branch, shortcut = block.branches(x)
-    x = block.act(branch + shortcut)
+    if hasattr(block, "branches"):
+        branch, shortcut = block.branches(x)
+        x = block.act(branch + shortcut)
+    else:
+        x = block(x)
+        x, shortcut = x if isinstance(x, tuple) else (x, None)
     return x, gap(x), shortcut
 
 
