@@ -3,6 +3,7 @@
 from dla.checkpoints import load_released
 from dla.config import CONFIGS, OFFICIAL, PAPER, RELEASED, Config
 from dla.fuse import fuse, fusion_report, unfuse
+from dla.insert import insert
 from dla.resnet import create_model, list_models, resnet, resnet_cifar
 from dla.stage import create_stage, layer_attention_maps
 
@@ -16,6 +17,7 @@ __all__ = [
     "create_stage",
     "fuse",
     "fusion_report",
+    "insert",
     "layer_attention_maps",
     "list_models",
     "load_released",

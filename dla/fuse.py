@@ -25,6 +25,7 @@ from dla.attention import BaseLayerAttention, LightLayerAttention
 from dla.cells import DSU
 from dla.checkpoints import ATTENTION, CARRY_CONV, NORM
 from dla.config import OFFICIAL, RELEASED, Config
+from dla.probe import hooks_of, random_copies, relative_difference
 from dla.stage import BaseStage, LightStage, Stage, on_backend
 from dla_kernels import BatchNorm, norm_residual
 from dla_kernels.backend import choose
@@ -300,6 +301,14 @@ class _ReleasedStage(_Fused, Stage):
     def config(self) -> Config:
         return self._fusion.config
 
+    def output_of(self, block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if isinstance(block, _Block):
+            return block.output(x)
+        # The blocks of DLA-L return their shortcut too.
+        x = block(x)
+        x, shortcut = x if isinstance(x, tuple) else (x, None)
+        return x, gap(x), shortcut
+
 
 class _ReleasedLightStage(_ReleasedStage, LightStage):
     @property
@@ -368,7 +377,7 @@ class _Released(_Layer):
                 return "an attention without Wq, Wk, Wv and heads"
             if not _is_batch_norm(_child(module, NORM)):
                 return "its attention is not normalised by a BatchNorm2d with scale and shift"
-        hooked = [n for m in self.modules for n, child in m.named_modules() if n and any(_hooks(child))]
+        hooked = [n for m in self.modules for n, child in m.named_modules() if n and any(hooks_of(child))]
         return f"{hooked[0]} has a hook that the fused form would not call" if hooked else ""
 
     def settings(self, backend: str, config: Config) -> _Settings:
@@ -480,30 +489,19 @@ def _why_not(layer: _Layer, backend: str) -> str:
 
 def _difference(layer: _Released, backend: str) -> str:
     """How a fused layer's output differs from the eager one's, on a copy with random weights; "" where it does not."""
-    copied = type(layer)(layer.names, copy.deepcopy(layer.modules))
-    device = _device(copied.modules[0])
-    for module in copied.modules:
-        for hooks in _hooks(module):
-            hooks.clear()
-    # The authors' code makes its state in the default dtype, and runs in no other.
-    modules = nn.ModuleList(copied.modules).to(torch.get_default_dtype()).eval()
-    generator = torch.Generator(device).manual_seed(0)
-    for tensor in itertools.chain(modules.parameters(), modules.buffers()):
-        if tensor.dim() > 1:
-            tensor.data.normal_(0, tensor[0].numel() ** -0.5, generator=generator)
-        elif tensor.is_floating_point():
-            tensor.data.uniform_(0.5, 1.5, generator=generator)
-    x = torch.randn(2, copied.blocks()[0].conv1.in_channels, 4, 4, device=device, generator=generator)
+    copies, maps = random_copies(layer.modules)
+    copied = type(layer)(layer.names, copies)
+    x = maps(2, copied.blocks()[0].conv1.in_channels, 4, 4)
     with torch.no_grad():
         try:
             expected = copied.run(x)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            layer.eager_fails = f"the eager layer fails on {device} ({reason})"
+            layer.eager_fails = f"the eager layer fails on {x.device} ({reason})"
             return ""
         copied.fuse(backend, RELEASED)
         got = copied.run(x)
-    difference = ((got - expected).norm() / expected.norm()).item()
+    difference = relative_difference(got, expected)
     return "" if difference <= LIMIT else f"it computes something else, the fused form differs by {difference:.0e}"
 
 
@@ -521,10 +519,6 @@ def _is_residual_block(block: nn.Module) -> bool:
 
 def _is_batch_norm(module: nn.Module | None) -> bool:
     return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) and module.affine
-
-
-def _hooks(module: nn.Module) -> list[dict]:
-    return [getattr(module, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")]
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -43,6 +43,8 @@ class LIIStage(Stage):
     y = GAP(branch), (h, c) <- cell(y, (h, c)), x = act(shortcut + branch * h), from a state of zeros.
     """
 
+    gain: float = 1.0  # a constant factor of h, for :func:`dla.insert`
+
     def __init__(self, blocks: Iterable[nn.Module], cell: Cell):
         super().__init__()
         self.blocks = _blocks(blocks)
@@ -51,10 +53,20 @@ class LIIStage(Stage):
     def run(self, x: Tensor) -> Tensor:
         state = None
         for block in self.blocks:
-            branch, shortcut = block.branches(x)
-            _, state = self.cell.observe(branch, state or self.cell.initial_state(branch))
-            x = block.act(shortcut + block.drop_path(branch * state.hidden.to(branch.dtype)[..., None, None]))
+            x, state = self.step(block, x, state)
         return x
+
+    def step(self, block: nn.Module, x: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """One block: its input and the state before it -> its output and the state after it."""
+        branch, shortcut = block.branches(x)
+        branch, state = self.gate(branch, state)
+        return block.act(shortcut + block.drop_path(branch)), state
+
+    def gate(self, branch: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """The gated branch and the new state."""
+        _, state = self.cell.observe(branch, state or self.cell.initial_state(branch))
+        hidden = state.hidden if self.gain == 1 else state.hidden * self.gain
+        return branch * hidden.to(branch.dtype)[..., None, None], state
 
 
 class _AttentionStage(Stage):
@@ -66,6 +78,14 @@ class _AttentionStage(Stage):
         self.attention = nn.ModuleList(attention)
         self.cell = cell
         self.config = config
+
+    def output_of(self, block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A block's plain output [B, C, H, W], its GAP [B, C] and its shortcut [B, C, H, W]."""
+        if hasattr(block, "output"):
+            return block.output(x)
+        branch, shortcut = block.branches(x)
+        x = block.act(branch + shortcut)
+        return x, gap(x), shortcut
 
     def refresh(self, features: Tensor, gates: Tensor, state: State) -> Tensor:
         """Cumulative gates [B, T, C] of T prior layers by the current state."""
@@ -88,7 +108,7 @@ class BaseStage(_AttentionStage):
         # [B, T, C] each: one set of features and gates for a layer, or one for its key and one for its value.
         features, gates = ([None] * (2 if key_value else 1) for _ in range(2))
         for block, attention in zip(self.blocks, self.attention, strict=True):
-            x, y, _ = _output(block, x)
+            x, y, _ = self.output_of(block, x)
             if self.cell is not None:
                 state = self.cell(y, state or self.cell.initial_state(y))
                 if layers:
@@ -121,7 +141,7 @@ class LightStage(_AttentionStage):
         carry_weight = None if self.carry_conv is None else self.carry_conv.weight
         for block, attention in zip(self.blocks, self.attention, strict=True):
             before, last = x, block is self.blocks[-1]
-            x, y, shortcut = _output(block, x)
+            x, y, shortcut = self.output_of(block, x)
             if not carries_output:
                 carried, carried_gap = shortcut, x_gap if shortcut is before else None
             state, gate = self.observe(y, carried, carried_gap, state)
@@ -237,19 +257,6 @@ def _blocks(blocks: Iterable[nn.Module]) -> nn.ModuleList:
     if not blocks:
         raise ValueError("`blocks` must hold at least one residual block, got an empty stage")
     return blocks
-
-
-def _output(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A block's plain output [B, C, H, W], its GAP [B, C] and its shortcut [B, C, H, W]."""
-    if hasattr(block, "output"):
-        return block.output(x)
-    if hasattr(block, "branches"):
-        branch, shortcut = block.branches(x)
-        x = block.act(branch + shortcut)
-    else:
-        x = block(x)
-        x, shortcut = x if isinstance(x, tuple) else (x, None)
-    return x, gap(x), shortcut
 
 
 def _append(stack: Tensor | None, item: Tensor) -> Tensor:
