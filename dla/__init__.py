@@ -6,6 +6,7 @@ from dla.fuse import fuse, fusion_report, unfuse
 from dla.insert import insert
 from dla.resnet import create_model, list_models, resnet, resnet_cifar
 from dla.stage import create_stage, layer_attention_maps
+from dla.when_imported import import_with
 
 __all__ = [
     "CONFIGS",
@@ -25,3 +26,6 @@ __all__ = [
     "resnet_cifar",
     "unfuse",
 ]
+
+# timm's registry has our models, and importing timm takes longer than all the rest.
+import_with("timm", "dla.registry")

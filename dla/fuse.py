@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dla.attention import BaseLayerAttention, LightLayerAttention
+from dla.attention import BaseLayerAttention, LightLayerAttention, drop_path_factor
 from dla.cells import DSU
 from dla.checkpoints import ATTENTION, CARRY_CONV, NORM
 from dla.config import OFFICIAL, RELEASED, Config
@@ -29,7 +29,7 @@ from dla.probe import hooks_of, random_copies, relative_difference
 from dla.stage import BaseStage, LightStage, Stage, on_backend
 from dla_kernels import BatchNorm, norm_residual
 from dla_kernels.backend import choose
-from dla_kernels.common import accumulate_dtype, gap
+from dla_kernels.common import gap
 
 CAN_BE_FUSED = (
     "the stages of this package, the stages of the DLA code (layers, attention and lstm) and the residual blocks of "
@@ -208,10 +208,8 @@ class _Attention(_Fused):
         return self.value.out_channels // self.projections.heads
 
     def keep(self, x: Tensor) -> Tensor | None:
-        p = 1 - (getattr(_child(self, ("drop_path",)), "drop_prob", None) or 0.0)
-        if not self.training or p == 1:
-            return None
-        return torch.full((x.shape[0],), p, dtype=accumulate_dtype(x), device=x.device).bernoulli().div(p)
+        rate = getattr(_child(self, ("drop_path",)), "drop_prob", None)
+        return drop_path_factor(x, rate or 0.0) if self.training else None
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}"
