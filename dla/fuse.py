@@ -75,7 +75,7 @@ def fuse(model: nn.Module, backend: str = "auto", inplace: bool = False, context
             their code has it, or its "own"; see ``docs/paper-vs-code.md``.
 
     Returns:
-        The fused model.
+        The fused model. One that was fused before is fused anew.
 
     Raises:
         ValueError: an unknown choice, or nothing in the model can be fused.
@@ -85,6 +85,7 @@ def fuse(model: nn.Module, backend: str = "auto", inplace: bool = False, context
         raise ValueError(f"`context` must be first or own, got {context!r}")
     choose(_device(model), backend)
     model = model if inplace else _twin(model)
+    _undo(model)
     layers = list(_layers(model))
     reasons = {layer.names[0]: _why_not(layer, backend) for layer in layers}
     if all(reasons.values()):
@@ -105,16 +106,21 @@ def unfuse(model: nn.Module, inplace: bool = False) -> nn.Module:
         ValueError: nothing in the model is fused.
     """
     model = model if inplace else _twin(model)
-    fused = [m for m in model.modules() if isinstance(m, _Fused)]
-    own = [m for m in model.modules() if isinstance(m, Stage) and "backend" in m.__dict__]
-    if not fused and not own:
+    if not _undo(model):
         raise ValueError("`model` has nothing that was fused")
+    return model
+
+
+def _undo(model: nn.Module) -> bool:
+    """Makes a model eager; whether anything in it was fused."""
+    fused = [m for m in model.modules() if isinstance(m, _Fused)]
     for module in fused:
         module.__class__ = type(module).__bases__[1]
         del module._fusion
+    own = [m for m in model.modules() if isinstance(m, Stage) and "backend" in vars(m)]
     for module in own:
-        module.__dict__.pop("backend", None)
-    return model
+        del module.backend
+    return bool(fused or own)
 
 
 def fusion_report(model: nn.Module) -> FusionReport:
@@ -344,7 +350,7 @@ class _Layer:
 class _OwnStage(_Layer):
     @property
     def fused(self) -> bool:
-        return "backend" in self.modules[0].__dict__
+        return "backend" in vars(self.modules[0])
 
     def note(self) -> str:
         return ""

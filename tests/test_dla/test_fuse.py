@@ -126,6 +126,16 @@ def test_in_place_and_undone():
             dla.unfuse(model)
 
 
+def test_fused_anew():
+    model = build("dla_l_cifar").eval()
+    fused = dla.fuse(dla.fuse(model, backend="reference"), backend="native", context="own", inplace=True)
+    assert {row.backend for row in dla.fusion_report(fused)} == {"native"}
+    assert [type(m).__name__ for m in fused.stages] == ["FusedDlaLStage"] * 2
+    x = images(1)
+    assert_close(fused(x), model(x), 1e-12)
+    assert type(dla.unfuse(fused).stages[0]) is eager.DlaLStage
+
+
 @pytest.mark.parametrize("variant", ["dla_l_cifar", "dla_b_cifar"])
 def test_own_context(variant):
     """With a batch of one the first sample's context is its own; each sample of a larger one then stands alone."""
@@ -170,9 +180,9 @@ def test_copies_and_pickles(variant):
     assert_close(swapped, fused(x), 1e-13)
 
 
-@pytest.mark.parametrize("variant", ["dla_l_cifar", "mrla_b_imagenet"])
-def test_compiles_and_exports(variant):
-    fused = dla.fuse(build(variant)).eval()
+@pytest.mark.parametrize(("variant", "backend"), [("dla_l_cifar", "auto"), ("mrla_b_imagenet", "native")])
+def test_compiles_and_exports(variant, backend):
+    fused = dla.fuse(build(variant), backend=backend).eval()
     x = images()
     expected = fused(x)
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
