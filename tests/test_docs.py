@@ -47,7 +47,7 @@ class Cifar(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize("code", blocks())
+@pytest.mark.parametrize("code", list(blocks()))
 def test_code_block(code, tmp_path, monkeypatch):
     theirs = ModuleType("models.cifar.dla_l")
     theirs.dla_l = Cifar
