@@ -2,8 +2,11 @@
 
 from dla.checkpoints import load_released
 from dla.config import CONFIGS, OFFICIAL, PAPER, RELEASED, Config
+from dla.fuse import fuse, fusion_report, unfuse
+from dla.insert import insert
 from dla.resnet import ResNet, create_model, list_models, resnet, resnet_cifar
 from dla.stage import create_stage, layer_attention_maps
+from dla.when_imported import import_with
 
 __all__ = [
     "CONFIGS",
@@ -14,9 +17,16 @@ __all__ = [
     "ResNet",
     "create_model",
     "create_stage",
+    "fuse",
+    "fusion_report",
+    "insert",
     "layer_attention_maps",
     "list_models",
     "load_released",
     "resnet",
     "resnet_cifar",
+    "unfuse",
 ]
+
+# timm's registry has our models, and importing timm takes longer than all the rest.
+import_with("timm", "dla.registry")

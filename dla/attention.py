@@ -17,6 +17,29 @@ def kernel_size(channels: int) -> int:
     return t if t % 2 else t + 1
 
 
+def drop_path_factor(x: Tensor, rate: float) -> Tensor | None:
+    """Drop path's random factor of each sample of x, [B]: 0, or 1 / (1 - rate); None for a rate of 0."""
+    if not rate:
+        return None
+    p = 1 - rate
+    return torch.full((x.shape[0],), p, dtype=accumulate_dtype(x), device=x.device).bernoulli().div(p)
+
+
+class DropPath(nn.Module):
+    """Drops a sample's residual branch in training with probability ``drop_prob``."""
+
+    def __init__(self, drop_prob: float = 0.0):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep = drop_path_factor(x, self.drop_prob) if self.training else None
+        return x if keep is None else x * keep.to(x.dtype)[:, None, None, None]
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob}"
+
+
 class _LayerAttention(nn.Module):
     """What both forms share: filters of query, key and value, BatchNorm, drop path and the residual.
 
@@ -50,10 +73,7 @@ class _LayerAttention(nn.Module):
 
     def keep(self, x: Tensor) -> Tensor | None:
         """Drop path's factor of each sample, [B]; None where none is dropped."""
-        if not (self.training and self.drop_path):
-            return None
-        p = 1 - self.drop_path
-        return torch.full((x.shape[0],), p, dtype=accumulate_dtype(x), device=x.device).bernoulli().div(p)
+        return drop_path_factor(x, self.drop_path) if self.training else None
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, drop_path={self.drop_path}"

@@ -9,6 +9,12 @@ from torch import Tensor, nn
 
 from dla.resnet import ResNet
 
+#: What the authors' code calls an attention (twice, one inside the other), its BatchNorm and a stage's extra filter.
+ATTENTION = ("layer_attention", "mrla")
+NORM = ("bn_layer_attention", "bn_mrla")
+CARRY_CONV = ("excite", "extict")
+
+_ATTENTION, _NORM, _CARRY_CONV = (f"(?:{'|'.join(names)})" for names in (ATTENTION, NORM, CARRY_CONV))
 #: From the released names to ours, in this order. They cover DLA, MRLA, DIANet and the plain networks of the release.
 _RULES = tuple(
     (re.compile(pattern), replacement)
@@ -18,13 +24,13 @@ _RULES = tuple(
         (r"^(layer\d+)\.ModuleList\.", r"\1.blocks."),
         (r"^(layer\d+)\.layers\.", r"\1.blocks."),
         (r"^(layer\d+)\.(\d+)\.(mrla|bn_mrla)\.", r"\1.attention.\2.\3."),
-        (r"\.(?:layer_attention|mrla)\.(?:(?:layer_attention|mrla)\.)?W([qkv])\.",
+        (rf"\.{_ATTENTION}\.(?:{_ATTENTION}\.)?W([qkv])\.",
          lambda m: {"q": ".query.", "k": ".key.", "v": ".value."}[m[1]]),
-        (r"\.(?:layer_attention|mrla)\.lambda_t$", ".lambda_"),
-        (r"\.(?:bn_layer_attention|bn_mrla)\.", ".bn."),
+        (rf"\.{_ATTENTION}\.lambda_t$", ".lambda_"),
+        (rf"\.{_NORM}\.", ".bn."),
         (r"\.lstm\.w_ih\.0\.seq\.", ".cell.input."),
         (r"\.lstm\.w_hh\.0\.seq\.", ".cell.hidden."),
-        (r"\.(?:excite|extict)\.", ".carry_conv."),
+        (rf"\.{_CARRY_CONV}\.", ".carry_conv."),
     )
 )  # fmt: skip
 

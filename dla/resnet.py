@@ -3,14 +3,20 @@
 import re
 from dataclasses import asdict
 
-from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.nn.functional import dropout
+from torch.utils.checkpoint import checkpoint
 
+from dla.attention import DropPath
 from dla.config import PAPER, Config
 from dla.hub import Shared
 from dla.stage import INTERACTIONS, create_stage
 from dla_kernels import BatchNorm, norm_residual
 from dla_kernels.common import gap
+
+#: Of the images that the models take, by channel.
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 CIFAR_DEPTHS = (20, 29, 47, 56, 110, 164)
 IMAGENET_STAGES = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -79,6 +85,10 @@ class ResNet(
         in_chans: channels of the images.
         drop_path_rate: probability of drop path, the same for every block, as the paper has it.
         zero_init_last: whether the last BatchNorm of every block starts with scale 0, the block then as identity.
+        drop_rate: probability of dropout before the classifier.
+        global_pool: "avg", or "" for the last stage's map, which goes with ``num_classes=0``.
+
+    The interface is timm's; ``feature_info`` is what its ``features_only`` reads.
     """
 
     def __init__(
@@ -94,18 +104,23 @@ class ResNet(
         in_chans: int = 3,
         drop_path_rate: float = 0.0,
         zero_init_last: bool = False,
+        drop_rate: float = 0.0,
+        global_pool: str = "avg",
     ):
         super().__init__()
         if num_classes < 0 or in_chans < 1:
             raise ValueError(f"`num_classes` must be at least 0, `in_chans` 1, got {num_classes} and {in_chans}")
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f"`drop_path_rate` must be in [0, 1), got {drop_path_rate}")
+        for name, rate in (("drop_path_rate", drop_path_rate), ("drop_rate", drop_rate)):
+            if not 0 <= rate < 1:
+                raise ValueError(f"`{name}` must be in [0, 1), got {rate}")
         self.arguments = {
             "stem": stem, "depths": list(depths), "widths": list(widths), "interaction": interaction, "cell": cell,
             "config": asdict(config), "reduction": reduction, "num_classes": num_classes, "in_chans": in_chans,
-            "drop_path_rate": drop_path_rate,
+            "drop_path_rate": drop_path_rate, "drop_rate": drop_rate, "global_pool": global_pool,
         }  # fmt: skip
         channels = widths[0]
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
         self.in_chans = in_chans
         if stem == "imagenet":
             self.conv1 = nn.Conv2d(in_chans, channels, 7, stride=2, padding=3, bias=False)
@@ -114,18 +129,22 @@ class ResNet(
         self.bn1 = nn.BatchNorm2d(channels)
         self.act = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
+        self.feature_info = [{"num_chs": channels, "reduction": 2 if stem == "imagenet" else 1, "module": "act"}]
+        reduction_ratio = 4 if stem == "imagenet" else 1
         attends = interaction not in (None, "lii")
         self.stage_names = [f"layer{i}" for i in range(1, len(depths) + 1)]
         for name, depth, width in zip(self.stage_names, depths, widths, strict=True):
             blocks = []
             for _ in range(depth):
                 stride = 2 if name != "layer1" and not blocks else 1
+                reduction_ratio *= stride
                 blocks.append(Bottleneck(channels, width, stride, 0.0 if attends else drop_path_rate))
                 channels = width * Bottleneck.expansion
             stage = create_stage(blocks, channels, interaction, cell, config, reduction, drop_path=drop_path_rate)
             self.add_module(name, stage)
-        self.num_features = channels
-        self.reset_classifier(num_classes)
+            self.feature_info.append({"num_chs": channels, "reduction": reduction_ratio, "module": name})
+        self.num_features = self.head_hidden_size = channels
+        self.reset_classifier(num_classes, global_pool)
         self._init_weights(zero_init_last)
 
     def _init_weights(self, zero_init_last: bool) -> None:
@@ -138,9 +157,35 @@ class ResNet(
     def get_classifier(self) -> nn.Module:
         return self.fc
 
-    def reset_classifier(self, num_classes: int) -> None:
-        self.num_classes = self.arguments["num_classes"] = num_classes
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier; and another pooling where one is given, see ``global_pool`` of the class.
+
+        Raises:
+            ValueError: an unknown pooling, or none before a classifier.
+        """
+        global_pool = self.global_pool if global_pool is None else global_pool
+        if global_pool not in ("avg", "") or (num_classes and not global_pool):
+            raise ValueError(
+                f'`global_pool` must be "avg", or "" with `num_classes` 0, got {global_pool!r} with {num_classes}'
+            )
+        self.num_classes, self.global_pool = num_classes, global_pool
+        self.arguments |= {"num_classes": num_classes, "global_pool": global_pool}
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether training keeps only the maps between stages and computes the others again.
+
+        BatchNorm's running statistics may then take a batch twice, as under any checkpointing.
+        """
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """The parameters that weight decay leaves out beside biases and BatchNorms: lambda."""
+        return {name for name, _ in self.named_parameters() if name.endswith(".lambda_")}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Patterns of the parameters' groups by depth, for timm's layer-wise learning rates: one for each stage."""
+        return {"stem": r"^conv1|bn1", "blocks": r"^layer(\d+)"}
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> the last stage's map [B, num_features, H', W']."""
@@ -148,12 +193,15 @@ class ResNet(
             raise ValueError(f"`x` must have shape (B, in_chans={self.in_chans}, H, W), got {tuple(x.shape)}")
         x = self.maxpool(self.act(self.bn1(self.conv1(x))))
         for name in self.stage_names:
-            x = getattr(self, name)(x)
+            stage = getattr(self, name)
+            x = checkpoint(stage, x, use_reentrant=False) if self.grad_checkpointing and self.training else stage(x)
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last stage's map -> logits [B, num_classes], or its GAP [B, num_features] with ``pre_logits``."""
-        x = gap(x).to(x.dtype)
+        if not self.global_pool:
+            return x
+        x = dropout(gap(x).to(x.dtype), self.drop_rate, self.training)
         return x if pre_logits else self.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,6 +217,8 @@ def resnet_cifar(
     in_chans: int = 3,
     drop_path_rate: float = 0.0,
     reduction: int = 4,
+    drop_rate: float = 0.0,
+    global_pool: str = "avg",
 ) -> ResNet:
     """A ResNet for small images such as CIFAR's: three stages of n bottleneck blocks, depth = 9n + 2.
 
@@ -177,7 +227,7 @@ def resnet_cifar(
         interaction: None, "lii", "mrla_b", "mrla_l", "dla_b" or "dla_l".
         cell: "dsu", "dia", "lstm" or "rnn".
         config: the reading, :data:`dla.PAPER`, :data:`dla.OFFICIAL`, :data:`dla.RELEASED` or one's own.
-        num_classes, in_chans, drop_path_rate: see :class:`ResNet`.
+        num_classes, in_chans, drop_path_rate, drop_rate, global_pool: see :class:`ResNet`.
         reduction: r of the cell.
 
     Raises:
@@ -189,7 +239,7 @@ def resnet_cifar(
         raise ValueError(f"`depth` must be 9n + 2 with n >= 1, such as {known}, got {depth}")
     return ResNet(
         "cifar", (n, n, n), (16, 32, 64), interaction, cell, config, reduction,
-        num_classes, in_chans, drop_path_rate,
+        num_classes, in_chans, drop_path_rate, drop_rate=drop_rate, global_pool=global_pool,
     )  # fmt: skip
 
 
@@ -202,6 +252,8 @@ def resnet(
     in_chans: int = 3,
     drop_path_rate: float = 0.0,
     reduction: int = 20,
+    drop_rate: float = 0.0,
+    global_pool: str = "avg",
 ) -> ResNet:
     """A ResNet for ImageNet, of depth 50, 101 or 152; the arguments are those of :func:`resnet_cifar`.
 
@@ -214,7 +266,7 @@ def resnet(
         raise ValueError(f"`depth` must be one of {', '.join(map(str, IMAGENET_STAGES))}, got {depth}")
     return ResNet(
         "imagenet", IMAGENET_STAGES[depth], (64, 128, 256, 512), interaction, cell, config, reduction,
-        num_classes, in_chans, drop_path_rate, zero_init_last=True,
+        num_classes, in_chans, drop_path_rate, zero_init_last=True, drop_rate=drop_rate, global_pool=global_pool,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ Layer-wise information integration also takes its ``drop_path``. One that has ``
 shortcut)`` saves layer attention a pass over the map.
 """
 
+import contextlib
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -13,30 +14,62 @@ from torch import Tensor, nn
 from dla.attention import BaseLayerAttention, LightLayerAttention
 from dla.cells import Cell, State, create_cell
 from dla.config import PAPER, Config
+from dla_kernels import use_backend
 from dla_kernels.common import channel_conv, gap
 
 
-class LIIStage(nn.Module):
+class Stage(nn.Module):
+    """Base of the stages with a layer interaction, which define ``run(x)``.
+
+    Attributes:
+        backend: that the ops of this stage run on, see :mod:`dla_kernels.backend`; "auto" leaves it to them.
+    """
+
+    backend: str = "auto"
+
+    def forward(self, x: Tensor) -> Tensor:
+        with on_backend(self.backend):
+            return self.run(x)
+
+
+def on_backend(name: str) -> contextlib.AbstractContextManager:
+    """Inside it the ops run on the backend ``name``; "auto" leaves an outer choice as it is."""
+    return contextlib.nullcontext() if name == "auto" else use_backend(name)
+
+
+class LIIStage(Stage):
     """Layer-wise information integration (the paper's section 5.3; DIANet where the cell is DIA).
 
     y = GAP(branch), (h, c) <- cell(y, (h, c)), x = act(shortcut + branch * h), from a state of zeros.
     """
+
+    gain: float = 1.0  # a constant factor of h, for :func:`dla.insert`
 
     def __init__(self, blocks: Iterable[nn.Module], cell: Cell):
         super().__init__()
         self.blocks = _blocks(blocks)
         self.cell = cell
 
-    def forward(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         state = None
         for block in self.blocks:
-            branch, shortcut = block.branches(x)
-            _, state = self.cell.observe(branch, state or self.cell.initial_state(branch))
-            x = block.act(shortcut + block.drop_path(branch * state.hidden.to(branch.dtype)[..., None, None]))
+            x, state = self.step(block, x, state)
         return x
 
+    def step(self, block: nn.Module, x: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """One block: its input and the state before it -> its output and the state after it."""
+        branch, shortcut = block.branches(x)
+        branch, state = self.gate(branch, state)
+        return block.act(shortcut + block.drop_path(branch)), state
 
-class _AttentionStage(nn.Module):
+    def gate(self, branch: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """The gated branch and the new state."""
+        _, state = self.cell.observe(branch, state or self.cell.initial_state(branch))
+        hidden = state.hidden if self.gain == 1 else state.hidden * self.gain
+        return branch * hidden.to(branch.dtype)[..., None, None], state
+
+
+class _AttentionStage(Stage):
     """What both forms of layer attention share. Without a cell nothing is refreshed: MRLA."""
 
     def __init__(self, blocks: Iterable[nn.Module], attention: Iterable[nn.Module], cell: Cell | None, config: Config):
@@ -45,6 +78,14 @@ class _AttentionStage(nn.Module):
         self.attention = nn.ModuleList(attention)
         self.cell = cell
         self.config = config
+
+    def output_of(self, block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A block's plain output [B, C, H, W], its GAP [B, C] and its shortcut [B, C, H, W]."""
+        if hasattr(block, "output"):
+            return block.output(x)
+        branch, shortcut = block.branches(x)
+        x = block.act(branch + shortcut)
+        return x, gap(x), shortcut
 
     def refresh(self, features: Tensor, gates: Tensor, state: State) -> Tensor:
         """Cumulative gates [B, T, C] of T prior layers by the current state."""
@@ -61,13 +102,13 @@ class BaseStage(_AttentionStage):
     linearly in the blocks, and the refresh moves vectors only.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         state, layers = None, []
         key_value = self.config.cache == "key_value"
         # [B, T, C] each: one set of features and gates for a layer, or one for its key and one for its value.
         features, gates = ([None] * (2 if key_value else 1) for _ in range(2))
         for block, attention in zip(self.blocks, self.attention, strict=True):
-            x, y, _ = _output(block, x)
+            x, y, _ = self.output_of(block, x)
             if self.cell is not None:
                 state = self.cell(y, state or self.cell.initial_state(y))
                 if layers:
@@ -94,13 +135,13 @@ class LightStage(_AttentionStage):
             channels = cell.channels
             self.carry_conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         state = carried = carried_gap = x_gap = None
         carries_output = self.config.carry == "output"
         carry_weight = None if self.carry_conv is None else self.carry_conv.weight
         for block, attention in zip(self.blocks, self.attention, strict=True):
             before, last = x, block is self.blocks[-1]
-            x, y, shortcut = _output(block, x)
+            x, y, shortcut = self.output_of(block, x)
             if not carries_output:
                 carried, carried_gap = shortcut, x_gap if shortcut is before else None
             state, gate = self.observe(y, carried, carried_gap, state)
@@ -216,15 +257,6 @@ def _blocks(blocks: Iterable[nn.Module]) -> nn.ModuleList:
     if not blocks:
         raise ValueError("`blocks` must hold at least one residual block, got an empty stage")
     return blocks
-
-
-def _output(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A block's plain output [B, C, H, W], its GAP [B, C] and its shortcut [B, C, H, W]."""
-    if hasattr(block, "output"):
-        return block.output(x)
-    branch, shortcut = block.branches(x)
-    x = block.act(branch + shortcut)
-    return x, gap(x), shortcut
 
 
 def _append(stack: Tensor | None, item: Tensor) -> Tensor:

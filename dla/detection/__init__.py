@@ -135,7 +135,7 @@ def _classifier(name: str, weights: str | Path | None, given: dict) -> dla.ResNe
     other = {
         key: (value, source.arguments[key])
         for key, value in net.arguments.items()
-        if key != "drop_path_rate" and value != source.arguments[key]
+        if key not in ("drop_path_rate", "drop_rate", "global_pool") and value != source.arguments[key]
     }
     if other:
         text = "; ".join(f"{key} {theirs} where {ours} is asked for" for key, (ours, theirs) in other.items())

@@ -76,12 +76,12 @@ def test_push_to_hub(tmp_path, monkeypatch):
 
         def create_repo(self, repo_id, private, exist_ok):
             assert private
-            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+            return huggingface_hub.RepoUrl(f"https://hub.example/{repo_id}", endpoint="https://hub.example")
 
         def upload_folder(self, repo_id, folder_path, **kwargs):
             uploads.append(repo_id)
             same(model, dla.ResNet.from_pretrained(folder_path))
-            return f"https://huggingface.co/{repo_id}/commit/1"
+            return f"https://hub.example/{repo_id}/commit/1"
 
     monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Api)
     url = model.push_to_hub("me/resnet20_dla_b", private=True, token="secret")
