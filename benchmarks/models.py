@@ -1,16 +1,21 @@
-"""What does a layer interaction cost a whole network? A training step and inference, beside the plain network."""
+"""What does a layer interaction cost a whole network? A training step and inference, beside the plain network.
+
+A network is one of ours, such as ``resnet20_dla_l``, or one of timm with an interaction inserted into it, such as
+``resnet50d+dla_l``.
+"""
 
 import functools
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import nn
 
 import dla
 from dla.benchmarks import networks
 from dla.benchmarks.measure import Prepared, Row
 
 INTERACTIONS = ("mrla_l", "dla_l", "mrla_b", "dla_b")
-#: Depths, batch and image size, by device.
+#: Depths, batch and image size of the networks for CIFAR and for ImageNet, by device.
 SIZES = {
     "cpu": (((20, 56, 110), 32, 32), ((50, 101), 4, 224)),
     "cuda": (((20, 56, 110), 128, 32), ((50, 101), 256, 224)),
@@ -27,21 +32,32 @@ MODELS = {
 }
 
 
-def prepare(name, batch, size, task, full, device) -> Prepared:
+def build(name: str) -> tuple[nn.Module, nn.Module]:
+    """The network and the plain one."""
+    if "+" not in name:
+        return tuple(dla.create_model(n, num_classes=10) for n in (name, name.split("_")[0]))
+    import timm
+
+    name, interaction = name.split("+")
+    plain = timm.create_model(name, num_classes=10)
+    return dla.insert(plain, interaction), plain
+
+
+def prepare(name, batch, size, task, eager, compiled, device) -> Prepared:
     torch.manual_seed(0)
-    models = {
-        "fused": dla.create_model(name, num_classes=10),
-        "plain": dla.create_model(name.split("_")[0], num_classes=10),
-    }
-    networks.check(models["fused"], torch.randn(2, 3, min(size, 64), min(size, 64)))
+    network, plain = build(name)
+    models = {"fused": network, "plain": plain}
+    has_literal = "+" not in name  # a literal form looks into the blocks
+    networks.check(network, torch.randn(2, 3, min(size, 64), min(size, 64)), ("literal",) if has_literal else ())
     x, y = torch.randn(batch, 3, size, size, device=device), torch.randint(10, (batch,), device=device)
-    if full:
-        models["literal"] = networks.literal_form(models["fused"])
-        models["reference"] = networks.On(models["fused"], "reference")
+    if eager:
+        models["reference"] = networks.On(network, "reference")
+        if has_literal:
+            models["literal"] = networks.literal_form(network)
     if device.type == "cuda":
         x = x.contiguous(memory_format=torch.channels_last)
         models = {n: m.to(device, memory_format=torch.channels_last) for n, m in models.items()}
-    if full:
+    if compiled:
         torch._dynamo.reset()
         models |= {f"compiled {n}": torch.compile(models[n]) for n in ("plain", "reference")}
     return Prepared({n: autocast(networks.TASKS[task](m, x, y), device) for n, m in models.items()})
@@ -52,18 +68,37 @@ def autocast(function, device: torch.device):
     return torch.autocast("cuda", torch.bfloat16)(function) if device.type == "cuda" else function
 
 
+def batch_and_size(name: str, device: torch.device) -> tuple[int, int]:
+    """Raises ValueError where there is no such network."""
+    known = MODELS[device.type]
+    base, plus, interaction = name.partition("+")
+    if not plus:
+        if name not in known:
+            raise ValueError(
+                f"`model` must be one of {', '.join(known)}, or one of timm with an interaction, such as "
+                f"resnet50d+dla_l, got {name!r}"
+            )
+        return known[name]
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(f"`model` {name} needs timm: pip install timm") from error
+    if not timm.is_model(base):
+        raise ValueError(f"`model` {name}: timm has no {base!r}; it has {', '.join(timm.list_models('*resne*'))}")
+    if interaction not in dla.stage.INTERACTIONS:
+        raise ValueError(f"`model` {name}: the interaction must be one of {', '.join(dla.stage.INTERACTIONS)}")
+    return SIZES[device.type][1][1:]
+
+
 def rows(device: torch.device, full: bool = False, models: Sequence[str] = ()) -> Iterator[Row]:
-    """Models by name, of all of them or of a short run's by default.
+    """Networks by name, which are then measured in their eager forms too; by default those of a short run, or all.
 
     Raises:
-        ValueError: an unknown model.
+        ValueError: an unknown network.
     """
-    known = MODELS[device.type]
-    for name in models:
-        if name not in known:
-            raise ValueError(f"`model` must be one of {', '.join(known)}, got {name!r}")
-    for name in models or (known if full else SHORT):
-        batch, size = known[name]
+    for name in models or (MODELS[device.type] if full else SHORT):
+        batch, size = batch_and_size(name, device)
         for task in networks.TASKS:
             labels = {"model": name, "batch": batch, "image": size, "": task}
-            yield Row("models", labels, "plain", functools.partial(prepare, name, batch, size, task, full))
+            row = functools.partial(prepare, name, batch, size, task, full or bool(models), full)
+            yield Row("models", labels, "plain", row)
