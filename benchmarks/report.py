@@ -125,8 +125,9 @@ def cells(rows: Iterable[dict], question: str) -> Cells:
     columns = {
         name: [("" if "error" in row else cell(row)) for row in rows] for name, cell in COLUMNS[question].items()
     }
-    first = next(iter(columns))
-    columns = {name: column for name, column in columns.items() if any(column) or name == first}
+    # An error stands in the first.
+    kept = next(iter(columns)) if any("error" in row for row in rows) else None
+    columns = {name: column for name, column in columns.items() if any(column) or name == kept}
     lines = []
     for i, row in enumerate(rows):
         found = [column[i] for column in columns.values()]

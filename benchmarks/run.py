@@ -5,9 +5,7 @@ import json
 import os
 import platform
 import re
-import shlex
 import subprocess
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -79,7 +77,7 @@ def slug(device: torch.device) -> str:
     return re.sub(r"\W+", "-", device_name(device).lower()).strip("-")
 
 
-def environment(device: torch.device) -> dict[str, str]:
+def environment(device: torch.device, command: str = "dla bench") -> dict[str, str]:
     """What a result depends on beside the rows themselves."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
@@ -91,7 +89,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command,
     }
     return found | {k: v for k, v in _build_info().items() if k in ("compiler", "instruction_set", "cuda")}
 
@@ -110,10 +108,10 @@ class Run:
         results: ``environment``, ``limits`` and ``rows``, as they stand in the file.
     """
 
-    def __init__(self, path: Path, device: torch.device, resume: bool = False):
+    def __init__(self, path: Path, device: torch.device, resume: bool = False, command: str = "dla bench"):
         """Raises ValueError where a run that is to go on was another device's or version's."""
         self.path, self.device = path, device
-        self.results = {"environment": environment(device), "limits": None, "rows": []}
+        self.results = {"environment": environment(device, command), "limits": None, "rows": []}
         if resume and path.exists():
             before = json.loads(path.read_text())
             for name in ("device", "dla-kernels", "commit", "torch"):

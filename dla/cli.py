@@ -4,6 +4,7 @@ Lightning and what goes with it take seconds to import, so each command imports 
 """
 
 import platform
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -363,7 +364,13 @@ def bench(
         where = run.find_device(device)
         rows = run.rows_of(questions or [], where, full, op or [], model or [])
         folder = writable_folder(out / run.slug(where))
-        session = run.Run(folder / "bench.json", where, resume)
+        chosen = [
+            *(questions or []),
+            *(w for o in op or [] for w in ("--op", o)),
+            *(w for m in model or [] for w in ("--model", m)),
+        ]
+        command = shlex.join(["dla", "bench", *chosen, *(["--full"] if full else [])])
+        session = run.Run(folder / "bench.json", where, resume, command)
     console = Console()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     try:
