@@ -84,25 +84,23 @@ def refresh_gates(maps, vectors, b, c, backend):
 
 
 def layer_attention(maps, vectors, b, c, backend):
-    x, q, keys, gates = maps(), vectors(b, c), vectors(b, T, c), vectors(b, T, c)
-    value_weight, norm = vectors(c, 1, 3, 3), (vectors(c), vectors(c))
-    prior = []
+    def attend(x, features, gates, query_weight, value_weight, weight, bias, *key_weights):
+        return dla_kernels.layer_attention(
+            x, features, gates, query_weight, key_weights, value_weight, prior, BatchNorm(weight, bias), None,
+            HEAD_DIM, backend=backend,
+        )  # fmt: skip
 
-    def call(x, q, keys, gates, value_weight, *norm):
-        out, layer = dla_kernels.layer_attention(
-            x, q, keys, gates, value_weight, prior, BatchNorm(*norm), None, HEAD_DIM, backend=backend
-        )
+    def call(*arguments):
+        out, layer = attend(*arguments)
         return out, layer.pooled
 
+    prior, features, gates = [], vectors(b, T, c), vectors(b, T, c)
+    filters = vectors(1, 1, 5), vectors(c, 1, 3, 3), vectors(c), vectors(c)
+    key_weights = [vectors(1, 1, 5) for _ in range(T)]
     with torch.no_grad():
         for t in range(1, T):
-            prior.append(
-                dla_kernels.layer_attention(
-                    maps(), q, keys[:, :t], gates[:, :t], value_weight, prior, BatchNorm(*norm), None, HEAD_DIM,
-                    backend=backend,
-                )[1]
-            )  # fmt: skip
-    return call, [x, q, keys, gates, value_weight, *norm]
+            prior.append(attend(maps(), features[:, :t], gates[:, :t], *filters, *key_weights[:t])[1])
+    return call, [maps(), features, gates, *filters, *key_weights]
 
 
 def light_update(maps, vectors, b, c, backend, filtered=False):

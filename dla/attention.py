@@ -1,14 +1,15 @@
 """Layer attention of one block: its parameters, and the step from the block's map to its output."""
 
+from collections.abc import Sequence
 from math import log2
 
 import torch
 from torch import Tensor, nn
 
 from dla_kernels import BatchNorm, layer_attention, light_update
-from dla_kernels.common import accumulate_dtype, channel_conv
+from dla_kernels.common import accumulate_dtype
 from dla_kernels.ops.layer_attention import Layer
-from dla_kernels.ops.layer_attention.reference import attention_weights
+from dla_kernels.ops.layer_attention.reference import attention_weights, queries_and_keys
 
 
 def kernel_size(channels: int) -> int:
@@ -63,14 +64,6 @@ class _LayerAttention(nn.Module):
         self.head_dim = head_dim
         self.drop_path = drop_path
 
-    def query_of(self, y: Tensor) -> Tensor:
-        """Q of pooled features: [B, C] -> [B, C]."""
-        return channel_conv(y[:, None], self.query.weight)[:, 0]
-
-    def key_of(self, y: Tensor) -> Tensor:
-        """K of pooled features: [B, C] -> [B, C]."""
-        return channel_conv(y[:, None], self.key.weight)[:, 0]
-
     def keep(self, x: Tensor) -> Tensor | None:
         """Drop path's factor of each sample, [B]; None where none is dropped."""
         return drop_path_factor(x, self.drop_path) if self.training else None
@@ -86,29 +79,33 @@ class BaseLayerAttention(_LayerAttention):
         super().__init__(channels, head_dim, drop_path)
 
     def forward(
-        self, x: Tensor, y: Tensor, keys: Tensor, gates: Tensor, prior: list[Layer], followers: int = 0
+        self,
+        x: Tensor,
+        features: Tensor,
+        gates: Tensor,
+        key_weights: Sequence[Tensor],
+        prior: list[Layer],
+        followers: int = 0,
     ) -> tuple[Tensor, Layer]:
         """Attends from the block's map over the T layers so far, and adds the result.
 
         Args:
             x: [B, C, H, W] the block's map.
-            y: [B, C] its GAP.
-            keys: [B, T, C] refreshed keys.
-            gates: [B, T, C] cumulative gates of the values.
-            prior: the T - 1 layers before, as this returned them.
-            followers: how many later blocks may attend to this one.
+            features, gates, key_weights, prior, followers: see :func:`dla_kernels.layer_attention`.
 
         Returns:
             [B, C, H, W] the block's output, and its layer.
         """
         return layer_attention(
-            x, self.query_of(y), keys, gates, self.value.weight, prior, BatchNorm.of(self.bn), self.keep(x),
-            self.head_dim, followers,
+            x, features, gates, self.query.weight, key_weights, self.value.weight, prior, BatchNorm.of(self.bn),
+            self.keep(x), self.head_dim, followers,
         )  # fmt: skip
 
-    def weights(self, y: Tensor, keys: Tensor) -> Tensor:
-        """The attention over the T layers: y [B, C], keys [B, T, C] -> [B, T, heads]."""
-        return attention_weights(self.query_of(y), keys, self.head_dim)
+    def weights(self, features: Tensor, gates: Tensor, key_weights: Sequence[Tensor]) -> Tensor:
+        """The attention over the T layers, [B, T, heads], of the same arguments."""
+        return attention_weights(
+            *queries_and_keys(features, gates, self.query.weight, key_weights), self.head_dim
+        )  # fmt: skip
 
 
 class LightLayerAttention(_LayerAttention):

@@ -282,12 +282,13 @@ class _BaseBlock(_Block, _BaseAttention):
     def forward(self, x: Tensor, keys: Tensor | None, layers: list | None) -> tuple[Tensor, Tensor, list]:
         with on_backend(self.backend):
             x, y, _ = self.output(x)
-            key, layers = self.key_of(y)[:, None], [] if self.mrla.init_cell else layers
-            keys = torch.cat([keys, key], dim=1) if layers else key
+            layers = [] if self.mrla.init_cell else layers
+            features = torch.cat([keys, y[:, None]], dim=1) if layers else y[:, None]
             x, layer = BaseLayerAttention.forward(
-                self, x, y, keys, torch.ones_like(keys), layers, self._fusion.followers
+                self, x, features, torch.ones_like(features), [self.key.weight], layers, self._fusion.followers
             )
-            return x, keys, [*layers, layer]
+            key = layer.key[:, None]
+            return x, torch.cat([keys, key], dim=1) if layers else key, [*layers, layer]
 
 
 class _ReleasedStage(_Fused, Stage):

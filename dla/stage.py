@@ -15,7 +15,7 @@ from dla.attention import BaseLayerAttention, LightLayerAttention
 from dla.cells import Cell, State, create_cell
 from dla.config import PAPER, Config
 from dla_kernels import use_backend
-from dla_kernels.common import channel_conv, gap
+from dla_kernels.common import gap
 
 
 class Stage(nn.Module):
@@ -107,21 +107,23 @@ class BaseStage(_AttentionStage):
         key_value = self.config.cache == "key_value"
         # [B, T, C] each: one set of features and gates for a layer, or one for its key and one for its value.
         features, gates = ([None] * (2 if key_value else 1) for _ in range(2))
+        key_weights = [attention.key.weight for attention in self.attention]
         for block, attention in zip(self.blocks, self.attention, strict=True):
             x, y, _ = self.output_of(block, x)
             if self.cell is not None:
                 state = self.cell(y, state or self.cell.initial_state(y))
                 if layers:
                     gates = self.refresh(_joined(features), _joined(gates), state).chunk(len(features), dim=1)
-            features[0] = _append(features[0], attention.key_of(y) if key_value else y)
             gates = [_append(g, torch.ones_like(y)) for g in gates]
-            keys = features[0] * gates[0]
+            own, followers = len(layers), len(self.blocks) - len(layers) - 1
             if not key_value:
-                keys = channel_conv(keys, torch.cat([a.key.weight for a in self.attention[: len(layers) + 1]]))
-            x, layer = attention(x, y, keys, gates[-1], layers, len(self.blocks) - len(layers) - 1)
-            if key_value:
-                features[1] = _append(features[1], layer.pooled)
-            layers = [*layers, layer]
+                features[0] = _append(features[0], y)
+                x, layer = attention(x, features[0], gates[0], key_weights[: own + 1], layers, followers)
+            else:
+                keys = None if features[0] is None else features[0] * gates[0][:, :-1]
+                x, layer = attention(x, _append(keys, y), gates[1], key_weights[own : own + 1], layers, followers)
+                features = [_append(features[0], layer.key), _append(features[1], layer.pooled)]
+            layers.append(layer)
         return x
 
 
@@ -233,7 +235,7 @@ def layer_attention_maps(model: nn.Module, x: Tensor) -> list[Tensor]:
         raise ValueError("`model` has no softmax over layers: build it with interaction mrla_b or dla_b")
     rows: dict[nn.Module, Tensor] = {}
     hooks = [
-        attention.register_forward_pre_hook(lambda m, args: rows.update({m: m.weights(args[1], args[2])}))
+        attention.register_forward_pre_hook(lambda m, args: rows.update({m: m.weights(*args[1:4])}))
         for stage in stages
         for attention in stage.attention
     ]

@@ -98,13 +98,79 @@ inline void copy_some(T* to, const T* from, int64_t n) {
     }
 }
 
-// The first n of N numbers; zeros for the others, whose memory is not touched.
+// Which of the lanes are among the first n.
+template <class A, int N = kLanes<A>>
+inline auto first_lanes(int64_t n) {
+    using I = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+    Vec<I, N> lane;
+    for (int i = 0; i < N; ++i) lane[i] = i;
+    return lane < static_cast<I>(n);
+}
+
+// Bits for the first n of up to 16 numbers.
+inline uint16_t first_bits(int64_t n) { return static_cast<uint16_t>((1u << n) - 1u); }
+
+// The first n of N numbers, 0 <= n < N; zeros for the others, whose memory is not touched. As bits, whatever the type.
+template <int N, class T>
+inline void load_some(T* to, const T* p, int64_t n) {
+#if DLA_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) * N == 64 && sizeof(T) == 4) {
+        return _mm512_storeu_si512(to, _mm512_maskz_loadu_epi32(first_bits(n), p));
+    } else if constexpr (sizeof(T) * N == 64 && sizeof(T) == 8) {
+        return _mm512_storeu_si512(to, _mm512_maskz_loadu_epi64(static_cast<__mmask8>(first_bits(n)), p));
+    } else if constexpr (sizeof(T) * N == 32 && sizeof(T) == 4) {
+        return _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                                   _mm256_maskz_loadu_epi32(static_cast<__mmask8>(first_bits(n)), p));
+    } else if constexpr (sizeof(T) * N == 32 && sizeof(T) == 2) {
+        return _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_maskz_loadu_epi16(first_bits(n), p));
+    }
+#elif DLA_VECTOR_BYTES == 32
+    if constexpr (sizeof(T) * N == 32 && sizeof(T) == 4) {
+        const auto mask = bit_cast<__m256i>(first_lanes<float>(n));
+        return _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                                   _mm256_maskload_epi32(reinterpret_cast<const int*>(p), mask));
+    } else if constexpr (sizeof(T) * N == 32 && sizeof(T) == 8) {
+        const auto mask = bit_cast<__m256i>(first_lanes<double>(n));
+        return _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                                   _mm256_maskload_epi64(reinterpret_cast<const long long*>(p), mask));
+    }
+#endif
+    std::memset(static_cast<void*>(to), 0, N * sizeof(T));
+    copy_some<N>(to, p, n);
+}
+
+template <int N, class T>
+inline void store_some(T* p, const T* from, int64_t n) {
+#if DLA_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) * N == 64 && sizeof(T) == 4) {
+        return _mm512_mask_storeu_epi32(p, first_bits(n), _mm512_loadu_si512(from));
+    } else if constexpr (sizeof(T) * N == 64 && sizeof(T) == 8) {
+        return _mm512_mask_storeu_epi64(p, static_cast<__mmask8>(first_bits(n)), _mm512_loadu_si512(from));
+    } else if constexpr (sizeof(T) * N == 32 && sizeof(T) == 4) {
+        return _mm256_mask_storeu_epi32(p, static_cast<__mmask8>(first_bits(n)),
+                                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    } else if constexpr (sizeof(T) * N == 32 && sizeof(T) == 2) {
+        return _mm256_mask_storeu_epi16(p, first_bits(n), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    }
+#elif DLA_VECTOR_BYTES == 32
+    if constexpr (sizeof(T) * N == 32 && sizeof(T) == 4) {
+        const auto mask = bit_cast<__m256i>(first_lanes<float>(n));
+        return _mm256_maskstore_epi32(reinterpret_cast<int*>(p), mask,
+                                      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    } else if constexpr (sizeof(T) * N == 32 && sizeof(T) == 8) {
+        const auto mask = bit_cast<__m256i>(first_lanes<double>(n));
+        return _mm256_maskstore_epi64(reinterpret_cast<long long*>(p), mask,
+                                      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    }
+#endif
+    copy_some<N>(p, from, n);
+}
+
 template <class A, int N = kLanes<A>, class T>
 inline Vec<A, N> load(const T* p, int64_t n) {
     if (n >= N) return load<A, N>(p);
     T some[N];
-    std::memset(static_cast<void*>(some), 0, sizeof(some));
-    copy_some<N>(some, p, n);
+    load_some<N>(some, p, n);
     return load<A, N>(some);
 }
 
@@ -113,16 +179,7 @@ inline void store(T* p, Vec<A, N> v, int64_t n) {
     if (n >= N) return store<A, N>(p, v);
     T some[N];
     store<A, N>(some, v);
-    copy_some<N>(p, some, n);
-}
-
-// Which of the lanes are among the first n.
-template <class A, int N = kLanes<A>>
-inline auto first_lanes(int64_t n) {
-    using I = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
-    Vec<I, N> lane;
-    for (int i = 0; i < N; ++i) lane[i] = i;
-    return lane < static_cast<I>(n);
+    store_some<N>(p, some, n);
 }
 
 // v in the first n lanes, zero in the others, whatever they hold.

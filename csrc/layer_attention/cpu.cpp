@@ -9,6 +9,29 @@
 
 namespace dla {
 
+// What queries and keys are made of. The filters slide along the channels: the query's over the last layer's features,
+// a key's over those of its layer times the gate. With a single filter, the last layer's, the others are keys already,
+// refreshed ones.
+template <class A>
+struct LayerAttentionFilters {
+    int64_t B, layers, C, K, filters;
+    const A *features, *gates;            // [B, layers, C]
+    const A *query_weight, *key_weights;  // [K], [filters, K]
+
+    const A* key_filter(int64_t m) const {
+        const int64_t at = m - (layers - filters);
+        return at < 0 ? nullptr : key_weights + at * K;
+    }
+};
+
+// The attention over the layers, the same for all channels of a head, and what it is made of.
+template <class A>
+struct LayerAttentionWeights {
+    int64_t B, layers, C, head_dim;
+    const A *q, *k, *gates;  // [B, C], [B, layers, C] twice
+    A *attention, *gated;    // [B, layers, C], alone and times the gates
+};
+
 template <class T>
 struct LayerAttentionForward {
     Shape shape;
@@ -47,58 +70,6 @@ struct LayerAttentionBackward {
 namespace dla {
 namespace {
 
-// Attention over the layers, the same for all channels of a head: [B, layers, C].
-template <class A>
-Scratch<A> attention_of(int64_t B, int64_t layers, int64_t C, const A* q, const A* k, int64_t head_dim) {
-    Scratch<A> attention(B * layers * C);
-    const Scratch<A> scores(layers);
-    for (int64_t b = 0; b < B; ++b) {
-        for (int64_t c = 0; c < C; c += head_dim) {
-            A highest = -std::numeric_limits<A>::infinity(), total = 0;
-            for (int64_t m = 0; m < layers; ++m) {
-                scores[m] = 0;
-                const A* key = k + (b * layers + m) * C;
-                for (int64_t j = c; j < c + head_dim; ++j) scores[m] += q[b * C + j] * key[j];
-                scores[m] /= std::sqrt(A(head_dim));
-                highest = std::max(highest, scores[m]);
-            }
-            for (int64_t m = 0; m < layers; ++m) total += scores[m] = std::exp(scores[m] - highest);
-            for (int64_t m = 0; m < layers; ++m) {
-                std::fill_n(&attention[(b * layers + m) * C + c], head_dim, scores[m] / total);
-            }
-        }
-    }
-    return attention;
-}
-
-// The gradients of q, k and gates, from those of the weights (`products`).
-template <class A>
-void vector_gradients(int64_t B, int64_t layers, int64_t C, int64_t head_dim, const Scratch<A>& attention,
-                      const A* products, const A* q, const A* k, const A* gates, A* grad_q, A* grad_k, A* grad_gates) {
-    const Scratch<A> grads(layers);
-    std::fill_n(grad_q, B * C, A(0));
-    for (int64_t i = 0; i < B * layers * C; ++i) grad_gates[i] = attention[i] * products[i];
-    for (int64_t b = 0; b < B; ++b) {
-        for (int64_t c = 0; c < C; c += head_dim) {
-            A mean = 0;
-            for (int64_t m = 0; m < layers; ++m) {
-                const int64_t at = (b * layers + m) * C + c;
-                grads[m] = 0;
-                for (int64_t j = at; j < at + head_dim; ++j) grads[m] += gates[j] * products[j];
-                mean += attention[at] * grads[m];
-            }
-            for (int64_t m = 0; m < layers; ++m) {
-                const int64_t at = (b * layers + m) * C + c;
-                const A grad = attention[at] * (grads[m] - mean) / std::sqrt(A(head_dim));
-                for (int64_t j = 0; j < head_dim; ++j) {
-                    grad_q[b * C + c + j] += grad * k[at + j];
-                    grad_k[at + j] = grad * q[b * C + c + j];
-                }
-            }
-        }
-    }
-}
-
 std::vector<Tensor> all_in_layout(const std::vector<Tensor>& maps, bool channels_last) {
     std::vector<Tensor> done;
     for (const Tensor& map : maps) done.push_back(in_layout(map, channels_last));
@@ -114,15 +85,26 @@ std::vector<Map<T>> maps_of(const std::vector<Tensor>& tensors) {
 
 // What the layers' maps are multiplied with, and what it is made of.
 template <class A>
-struct Weights {
-    Scratch<A> attention, gated;  // [B, layers, C]
+struct Weights : LayerAttentionWeights<A> {
+    Scratch<A> memory;  // [2, B, layers, C]
 
     Weights(const Tensor& q, const Tensor& k, const Tensor& gates, int64_t head_dim)
-        : attention(attention_of(k.size(0), k.size(1), k.size(2), data_of<A>(q), data_of<A>(k), head_dim)),
-          gated(k.numel()) {
-        for (int64_t i = 0; i < k.numel(); ++i) gated[i] = attention[i] * data_of<A>(gates)[i];
+        : LayerAttentionWeights<A>{k.size(0),     k.size(1),         k.size(2), head_dim, data_of<A>(q),
+                                   data_of<A>(k), data_of<A>(gates), nullptr,   nullptr},
+          memory(2 * k.numel()) {
+        this->attention = memory.get();
+        this->gated = this->attention + k.numel();
+        DLA_ON_ISA(attend<A>(*this));
     }
 };
+
+template <class A>
+LayerAttentionFilters<A> filters_of(const Tensor& features, const Tensor& gates, const Tensor& query_weight,
+                                    const Tensor& key_weights) {
+    return {features.size(0),     features.size(1),         features.size(2),
+            query_weight.numel(), key_weights.size(0),      data_of<A>(features),
+            data_of<A>(gates),    data_of<A>(query_weight), data_of<A>(key_weights)};
+}
 
 template <class T>
 void run_forward(const LayerAttentionForward<T>& args, bool channels_last) {
@@ -134,6 +116,42 @@ void run_forward(const LayerAttentionForward<T>& args, bool channels_last) {
 }
 
 }  // namespace
+
+// q [B, C] and k [B, T, C].
+std::tuple<Tensor, Tensor> layer_attention_project(const Tensor& features_, const Tensor& gates_,
+                                                   const Tensor& query_weight_, const Tensor& key_weights_) {
+    const Tensor features = dense(features_), gates = dense(gates_);
+    const Tensor query_weight = dense(query_weight_), key_weights = dense(key_weights_);
+    const Tensor q = new_tensor(features, {features.size(0), features.size(2)}),
+                 k = torch::stable::empty_like(features);
+    on_dtype(features, [&](auto* type) {
+        using A = Acc<std::remove_pointer_t<decltype(type)>>;
+        DLA_ON_ISA(project<A>(filters_of<A>(features, gates, query_weight, key_weights), mutable_data_of<A>(q),
+                              mutable_data_of<A>(k)));
+    });
+    return {q, k};
+}
+
+// The gradients of features, gates, query_weight and key_weights, given those of q, of k and what reaches the gates
+// elsewhere.
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_attention_project_backward(
+    const Tensor& grad_q_, const Tensor& grad_k_, const Tensor& grad_gates_, const Tensor& features_,
+    const Tensor& gates_, const Tensor& query_weight_, const Tensor& key_weights_) {
+    const Tensor features = dense(features_), gates = dense(gates_), grad_q = dense(grad_q_), grad_k = dense(grad_k_);
+    const Tensor query_weight = dense(query_weight_), key_weights = dense(key_weights_), so_far = dense(grad_gates_);
+    const Tensor grad_features = torch::stable::empty_like(features), grad_gates = torch::stable::empty_like(gates);
+    const Tensor grad_query_weight = torch::stable::empty_like(query_weight);
+    const Tensor grad_key_weights = torch::stable::empty_like(key_weights);
+    on_dtype(features, [&](auto* type) {
+        using A = Acc<std::remove_pointer_t<decltype(type)>>;
+        std::copy_n(data_of<A>(so_far), so_far.numel(), mutable_data_of<A>(grad_gates));
+        DLA_ON_ISA(project_backward<A>(filters_of<A>(features, gates, query_weight, key_weights), data_of<A>(grad_q),
+                                       data_of<A>(grad_k), mutable_data_of<A>(grad_features),
+                                       mutable_data_of<A>(grad_gates), mutable_data_of<A>(grad_query_weight),
+                                       mutable_data_of<A>(grad_key_weights)));
+    });
+    return {grad_features, grad_gates, grad_query_weight, grad_key_weights};
+}
 
 std::tuple<Tensor, Tensor, Tensor> layer_attention_forward(const Tensor& q_, const Tensor& k_,
                                                            const std::vector<Tensor>& values_, const Tensor& gates_,
@@ -149,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_attention_forward(const Tensor& q_, con
         using A = Acc<T>;
         const Weights<A> weights(q, k, gates, head_dim);
         const auto maps = maps_of<const T>(values);
-        LayerAttentionForward<T> args{s, k.size(1), maps.data(), weights.gated.get(), map_of<T>(o)};
+        LayerAttentionForward<T> args{s, k.size(1), maps.data(), weights.gated, map_of<T>(o)};
         args.mean = mutable_data_of<A>(mean);
         args.var = mutable_data_of<A>(var);
         run_forward(args, channels_last);
@@ -173,7 +191,7 @@ Tensor layer_attention_folded(const Tensor& q_, const Tensor& k_, const std::vec
         const Weights<A> weights(q, k, gates, head_dim);
         const FoldedNorm<A> norm(s.C, data_of<A>(mean), data_of<A>(var), data_of<A>(weight), data_of<A>(bias), eps);
         const auto maps = maps_of<const T>(values);
-        LayerAttentionForward<T> args{s, k.size(1), maps.data(), weights.gated.get()};
+        LayerAttentionForward<T> args{s, k.size(1), maps.data(), weights.gated};
         args.x = map_of<const T>(x);
         args.out = map_of<T>(out);
         args.scale = norm.scale.get();
@@ -208,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_attention_backw
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
         const Weights<A> own(q, k, gates, head_dim);
-        std::copy_n(own.gated.get(), k.numel(), mutable_data_of<A>(weights));
+        std::copy_n(own.gated, k.numel(), mutable_data_of<A>(weights));
         const Scratch<A> of_later(s.B * later * s.C);
         for (int64_t l = 0; l < later; ++l) {
             const Tensor dense_weights = dense(later_weights_[l]);
@@ -234,7 +252,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_attention_backw
                                              norm.slope.get(),
                                              norm.offset.get(),
                                              maps.data(),
-                                             own.gated.get(),
+                                             own.gated,
                                              later_maps.data(),
                                              of_later.get(),
                                              map_of<T>(grad_o),
@@ -245,14 +263,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_attention_backw
         } else {
             DLA_ON_ISA(backward_planes<T>(args));
         }
-        vector_gradients(s.B, layers, s.C, head_dim, own.attention, products.get(), data_of<A>(q), data_of<A>(k),
-                         data_of<A>(gates), mutable_data_of<A>(grad_q), mutable_data_of<A>(grad_k),
-                         mutable_data_of<A>(grad_gates));
+        DLA_ON_ISA(attend_backward<A>(own, products.get(), mutable_data_of<A>(grad_q), mutable_data_of<A>(grad_k),
+                                      mutable_data_of<A>(grad_gates)));
     });
     return {grad_q, grad_k, grad_gates, grad_o, weights, grad_value};
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dla_kernels, m) {
+    m.def(
+        "layer_attention_project(Tensor features, Tensor gates, Tensor query_weight, Tensor key_weights) -> "
+        "(Tensor, Tensor)");
+    m.def(
+        "layer_attention_project_backward(Tensor grad_q, Tensor grad_k, Tensor grad_gates, Tensor features, "
+        "Tensor gates, Tensor query_weight, Tensor key_weights) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def(
         "layer_attention_forward(Tensor q, Tensor k, Tensor[] values, Tensor gates, int head_dim) -> "
         "(Tensor, Tensor, Tensor)");
@@ -267,6 +290,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dla_kernels, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dla_kernels, CPU, m) {
+    m.impl("layer_attention_project", TORCH_BOX(&layer_attention_project));
+    m.impl("layer_attention_project_backward", TORCH_BOX(&layer_attention_project_backward));
     m.impl("layer_attention_forward", TORCH_BOX(&layer_attention_forward));
     m.impl("layer_attention_folded", TORCH_BOX(&layer_attention_folded));
     m.impl("layer_attention_backward", TORCH_BOX(&layer_attention_backward));

@@ -88,7 +88,56 @@ struct Values {
     }
 };
 
+template <class A>
+layer_attention::Filters<A> filters_of(const Tensor& features, const Tensor& gates, const Tensor& query_weight,
+                                       const Tensor& key_weights) {
+    return {features.size(0),     features.size(1),         features.size(2),
+            query_weight.numel(), key_weights.size(0),      data_of<A>(features),
+            data_of<A>(gates),    data_of<A>(query_weight), data_of<A>(key_weights)};
+}
+
 }  // namespace
+
+// q [B, C] and k [B, T, C].
+std::tuple<Tensor, Tensor> cuda_layer_attention_project(const Tensor& features_, const Tensor& gates_,
+                                                        const Tensor& query_weight_, const Tensor& key_weights_) {
+    const OnDevice on(features_);
+    const Tensor features = dense(features_), gates = dense(gates_);
+    const Tensor query_weight = dense(query_weight_), key_weights = dense(key_weights_);
+    const Tensor q = new_tensor(features, {features.size(0), features.size(2)}),
+                 k = torch::stable::empty_like(features);
+    on_cuda_dtype(features, [&](auto* type) {
+        using A = Acc<std::remove_pointer_t<decltype(type)>>;
+        layer_attention::launch(filters_of<A>(features, gates, query_weight, key_weights), mutable_data_of<A>(q),
+                                mutable_data_of<A>(k), on.stream());
+    });
+    return {q, k};
+}
+
+// The gradients of features, gates, query_weight and key_weights, given those of q, of k and what reaches the gates
+// elsewhere.
+std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_layer_attention_project_backward(
+    const Tensor& grad_q_, const Tensor& grad_k_, const Tensor& grad_gates_, const Tensor& features_,
+    const Tensor& gates_, const Tensor& query_weight_, const Tensor& key_weights_) {
+    const OnDevice on(features_);
+    const Tensor features = dense(features_), gates = dense(gates_), grad_q = dense(grad_q_), grad_k = dense(grad_k_);
+    const Tensor query_weight = dense(query_weight_), key_weights = dense(key_weights_), so_far = dense(grad_gates_);
+    const Tensor grad_features = torch::stable::empty_like(features), grad_gates = torch::stable::empty_like(gates);
+    const Tensor grad_query_weight = torch::stable::empty_like(query_weight);
+    const Tensor grad_key_weights = torch::stable::empty_like(key_weights);
+    on_cuda_dtype(features, [&](auto* type) {
+        using A = Acc<std::remove_pointer_t<decltype(type)>>;
+        const layer_attention::FilterGradients<A> grads{data_of<A>(grad_q),
+                                                        data_of<A>(grad_k),
+                                                        data_of<A>(so_far),
+                                                        mutable_data_of<A>(grad_features),
+                                                        mutable_data_of<A>(grad_gates),
+                                                        mutable_data_of<A>(grad_query_weight),
+                                                        mutable_data_of<A>(grad_key_weights)};
+        layer_attention::launch(filters_of<A>(features, gates, query_weight, key_weights), grads, on.stream());
+    });
+    return {grad_features, grad_gates, grad_query_weight, grad_key_weights};
+}
 
 std::tuple<Tensor, Tensor, Tensor> cuda_layer_attention_forward(const Tensor& q, const Tensor& k,
                                                                 const std::vector<Tensor>& values, const Tensor& gates,
@@ -197,6 +246,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cuda_layer_attention_
 }
 
 DLA_CUDA_OPS(m) {
+    m.impl("layer_attention_project", TORCH_BOX(&cuda_layer_attention_project));
+    m.impl("layer_attention_project_backward", TORCH_BOX(&cuda_layer_attention_project_backward));
     m.impl("layer_attention_forward", TORCH_BOX(&cuda_layer_attention_forward));
     m.impl("layer_attention_folded", TORCH_BOX(&cuda_layer_attention_folded));
     m.impl("layer_attention_backward", TORCH_BOX(&cuda_layer_attention_backward));

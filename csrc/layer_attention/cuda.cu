@@ -6,6 +6,7 @@
 #include "layer_attention/backward.cuh"
 #include "layer_attention/cuda.h"
 #include "layer_attention/forward.cuh"
+#include "layer_attention/project.cuh"
 
 namespace dla::layer_attention {
 namespace {
@@ -116,5 +117,10 @@ DLA_INSTANTIATE(double)
 DLA_INSTANTIATE(__half)
 DLA_INSTANTIATE(__nv_bfloat16)
 #undef DLA_INSTANTIATE
+
+template void launch(const Filters<float>&, float*, float*, CUstream_st*);
+template void launch(const Filters<double>&, double*, double*, CUstream_st*);
+template void launch(const Filters<float>&, const FilterGradients<float>&, CUstream_st*);
+template void launch(const Filters<double>&, const FilterGradients<double>&, CUstream_st*);
 
 }  // namespace dla::layer_attention

@@ -23,6 +23,28 @@ struct Attention {
     int64_t layers, head_dim;
 };
 
+// What queries and keys are made of. The filters slide along the channels: the query's over the last layer's features,
+// a key's over those of its layer times the gate. With a single filter, the last layer's, the others are keys already.
+template <class A>
+struct Filters {
+    int64_t B, layers, C, K, filters;
+    const A *features, *gates;            // [B, layers, C]
+    const A *query_weight, *key_weights;  // [K], [filters, K]
+
+    DLA_HOST_DEVICE int64_t row(int64_t b, int64_t m) const { return (b * layers + m) * C; }
+    DLA_HOST_DEVICE const A* key_filter(int64_t m) const {
+        const int64_t at = m - (layers - filters);
+        return at < 0 ? nullptr : key_weights + at * K;
+    }
+};
+
+template <class A>
+struct FilterGradients {
+    const A *q, *k, *gates;         // the given ones
+    A *grad_features, *grad_gates;  // [B, layers, C]
+    A *grad_query_weight, *grad_key_weights;
+};
+
 // BatchNorm with its statistics, [C] each.
 template <class A>
 struct Norm {
@@ -89,6 +111,10 @@ template <class T>
 void launch(const Forward<T>& args, const Plan& plan, bool channels_last, CUstream_st* stream);
 template <class T>
 void launch(const Backward<T>& args, const Plan& plan, bool channels_last, CUstream_st* stream);
+template <class A>
+void launch(const Filters<A>& args, A* q, A* k, CUstream_st* stream);
+template <class A>
+void launch(const Filters<A>& args, const FilterGradients<A>& grads, CUstream_st* stream);
 // The vectors' gradients, once all launches of the above have left their parts.
 template <class T>
 void finish(const Backward<T>& args, const Plan& plan, CUstream_st* stream);

@@ -2,6 +2,7 @@
 // piece at a time, while the sum over the layers stays in the first cache.
 #include "common/fold.h"
 #include "common/moments.h"
+#include "layer_attention/vectors.h"
 
 // Where the maps of a sample begin, and one plane's or run's weights.
 template <class T, class A = Acc<T>>
@@ -20,31 +21,43 @@ struct Streams {
     }
 };
 
-// o [n] += the sum over the maps of weights * maps. All maps run side by side, so that the sum stays in registers; the
-// next plane, where the hardware's prefetch would begin anew, is asked for meanwhile.
+// o [n] += the sum over the maps of weights * maps, o readable up to a whole vector beyond. Few maps at a time: more
+// streams than the hardware follows, or than a set of the cache has ways, would run into each other.
 template <class T, class A = Acc<T>>
 void add_planes(const Streams<T>& streams, int64_t n, A* o) {
-    constexpr int N = kLanes<A>, kVectors = 4;
-    int64_t p = 0;
-    for (; p + kVectors * N <= n; p += kVectors * N) {
-        Vec<A> sums[kVectors];
-        for (int i = 0; i < kVectors; ++i) sums[i] = load<A>(o + p + i * N);
-        for (int64_t m = 0; m < streams.count; ++m) {
-            const auto weight = broadcast(streams.weights[m]);
-            const T* from = streams.maps[m] + p;
-            for (int i = 0; i < kVectors; ++i) {
-                __builtin_prefetch(from + n + i * N, 0, 2);
-                sums[i] += weight * load<A>(from + i * N);
+    for (int64_t m = 0; m < streams.count; m += 4) {
+        const auto add = [&](auto count) __attribute__((always_inline)) {
+            constexpr int N = kLanes<A>;
+            Vec<A> weights[count()];
+            const T* maps[count()];
+            for (int i = 0; i < count(); ++i) {
+                weights[i] = broadcast(streams.weights[m + i]);
+                maps[i] = streams.maps[m + i];
             }
+            int64_t p = 0;
+            for (; p + N <= n; p += N) {
+                auto total = load<A>(o + p);
+                for (int i = 0; i < count(); ++i) total += weights[i] * load<A>(maps[i] + p);
+                store<A>(o + p, total);
+            }
+            if (p == n) return;
+            auto total = load<A>(o + p);
+            for (int i = 0; i < count(); ++i) total += weights[i] * load<A>(maps[i] + p, n - p);
+            store<A>(o + p, total);
+        };
+        switch (streams.count - m) {
+            case 1:
+                add(std::integral_constant<int, 1>{});
+                break;
+            case 2:
+                add(std::integral_constant<int, 2>{});
+                break;
+            case 3:
+                add(std::integral_constant<int, 3>{});
+                break;
+            default:
+                add(std::integral_constant<int, 4>{});
         }
-        for (int i = 0; i < kVectors; ++i) store<A>(o + p + i * N, sums[i]);
-    }
-    for (; p < n; p += N) {
-        auto sum_of = load<A>(o + p);
-        for (int64_t m = 0; m < streams.count; ++m) {
-            sum_of += broadcast(streams.weights[m]) * load<A>(streams.maps[m] + p, n - p);
-        }
-        store<A>(o + p, sum_of);
     }
 }
 
@@ -56,7 +69,6 @@ A dot_plane(const A* g, const T* map, int64_t n) {
     int64_t p = 0;
     for (; p + kVectors * N <= n; p += kVectors * N) {
         for (int i = 0; i < kVectors; ++i) {
-            __builtin_prefetch(map + p + n + i * N, 0, 2);
             sums[i] += load<A>(g + p + i * N) * load<A>(map + p + i * N);
         }
     }

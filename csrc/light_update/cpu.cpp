@@ -49,6 +49,21 @@ struct LightUpdateBackward : LightUpdateWeights<Acc<T>> {
     Acc<T>* products;             // [B, 18, C]
 };
 
+// The attention of each head, for all of its channels, and what it is made of.
+template <class A>
+struct LightUpdateAttention {
+    Shape shape;
+    int64_t K, head_dim;
+    const A *y, *query_weight, *key_weight;
+    A *q, *k, *weights;  // [B, C]
+};
+
+// Where the gradients of all filters and vectors go; null where there is no such filter or vector.
+template <class A>
+struct LightUpdateGradients {
+    A *attention, *value_weight, *carry_scale, *gate, *carry_weight;
+};
+
 // o is one 3x3 filter over x plus one over carried: attention, lambda and gate are folded into them.
 template <class Args>
 inline auto x_filter(const Args& a, int64_t b, int64_t c, int t) {
@@ -71,108 +86,26 @@ inline auto carried_filter(const Args& a, int64_t b, int64_t c, int t) {
 namespace dla {
 namespace {
 
-// out [B, C]: y slid under a filter of K taps along the channels, zero-padded; `reversed` for the gradient.
+// The same with the memory that it takes.
 template <class A>
-void slide(const Shape& s, const A* y, const A* filter, int64_t K, bool reversed, A* out) {
-    for (int64_t b = 0; b < s.B; ++b) {
-        for (int64_t c = 0; c < s.C; ++c) {
-            A total = 0;
-            for (int64_t j = 0; j < K; ++j) {
-                const int64_t from = c + j - K / 2;
-                if (from >= 0 && from < s.C) total += filter[reversed ? K - 1 - j : j] * y[b * s.C + from];
-            }
-            out[b * s.C + c] += total;
-        }
-    }
-}
-
-// The attention of each head, for all of its channels, and what it is made of.
-template <class A>
-struct Attention {
-    const Shape& s;
-    int64_t K, head_dim;
-    const A *y, *query_weight, *key_weight;
-    Scratch<A> q, k, weights;  // [B, C]
+struct Attention : LightUpdateAttention<A> {
+    Scratch<A> memory;  // [3, B, C]
 
     Attention(const Shape& s, const Tensor& y, const Tensor& query_weight, const Tensor& key_weight, int64_t head_dim)
-        : s(s),
-          K(query_weight.size(2)),
-          head_dim(head_dim),
-          y(data_of<A>(y)),
-          query_weight(data_of<A>(query_weight)),
-          key_weight(data_of<A>(key_weight)),
-          q(s.B * s.C, A(0)),
-          k(s.B * s.C, A(0)),
-          weights(s.B * s.C) {
-        slide(s, this->y, this->query_weight, K, false, q.get());
-        slide(s, this->y, this->key_weight, K, false, k.get());
-        for (int64_t i = 0; i < s.B * s.C; i += head_dim) {
-            A score = 0;
-            for (int64_t j = i; j < i + head_dim; ++j) score += q[j] * k[j];
-            std::fill_n(&weights[i], head_dim, A(1) / (A(1) + std::exp(-score / std::sqrt(A(head_dim)))));
-        }
-    }
-
-    // grad [B, C], of each channel's weight -> those of y, query_weight and key_weight.
-    void backward(const A* grad, A* grad_y, A* grad_query_weight, A* grad_key_weight) const {
-        const int64_t size = s.B * s.C;
-        const Scratch<A> grad_q(size), grad_k(size);
-        for (int64_t i = 0; i < size; i += head_dim) {
-            A of_score = 0;
-            for (int64_t j = i; j < i + head_dim; ++j) of_score += grad[j];
-            of_score *= weights[i] * (A(1) - weights[i]) / std::sqrt(A(head_dim));
-            for (int64_t j = i; j < i + head_dim; ++j) {
-                grad_q[j] = of_score * k[j];
-                grad_k[j] = of_score * q[j];
-            }
-        }
-        std::fill_n(grad_y, size, A(0));
-        slide(s, grad_q.get(), query_weight, K, true, grad_y);
-        slide(s, grad_k.get(), key_weight, K, true, grad_y);
-        for (int64_t j = 0; j < K; ++j) {
-            A of_query = 0, of_key = 0;
-            const int64_t shift = j - K / 2;
-            for (int64_t b = 0; b < s.B; ++b) {
-                for (int64_t c = std::max<int64_t>(0, -shift); c < std::min(s.C, s.C - shift); ++c) {
-                    of_query += grad_q[b * s.C + c] * y[b * s.C + c + shift];
-                    of_key += grad_k[b * s.C + c] * y[b * s.C + c + shift];
-                }
-            }
-            grad_query_weight[j] = of_query;
-            grad_key_weight[j] = of_key;
-        }
-    }
-};
-
-// The gradients of all filters and vectors, from the products; pointers to those that are not there are null.
-template <class A>
-struct FilterGradients {
-    A *attention, *value_weight, *carry_scale, *gate, *carry_weight;
-
-    void from(const LightUpdateWeights<A>& w, const Shape& s, const A* products) const {
-        std::fill_n(value_weight, 9 * s.C, A(0));
-        if (carry_scale) std::fill_n(carry_scale, s.C, A(0));
-        if (carry_weight) std::fill_n(carry_weight, 9 * s.C, A(0));
-        std::fill_n(attention, s.B * s.C, A(0));
-        for (int64_t b = 0; b < s.B; ++b) {
-            const A* x = products + b * kProducts * s.C;
-            const A* carried = x + 9 * s.C;
-            for (int t = 0; t < 9; ++t) {
-                for (int64_t c = 0; c < s.C; ++c) {
-                    attention[b * s.C + c] += w.value_weight[c * 9 + t] * x[t * s.C + c];
-                    value_weight[c * 9 + t] += w.attention[b * s.C + c] * x[t * s.C + c];
-                }
-            }
-            for (int64_t c = 0; carry_scale && c < s.C; ++c) {
-                const A centre = carried[4 * s.C + c];
-                if (gate) gate[b * s.C + c] = w.carry_scale[c] * centre;
-                carry_scale[c] += (w.gate ? w.gate[b * s.C + c] : A(1)) * centre;
-                for (int t = 0; carry_weight && t < 9; ++t) {
-                    carry_scale[c] += w.carry_weight[c * 9 + t] * carried[t * s.C + c];
-                    carry_weight[c * 9 + t] += w.carry_scale[c] * carried[t * s.C + c];
-                }
-            }
-        }
+        : LightUpdateAttention<A>{s,
+                                  query_weight.size(2),
+                                  head_dim,
+                                  data_of<A>(y),
+                                  data_of<A>(query_weight),
+                                  data_of<A>(key_weight),
+                                  nullptr,
+                                  nullptr,
+                                  nullptr},
+          memory(3 * s.B * s.C) {
+        this->q = memory.get();
+        this->k = this->q + s.B * s.C;
+        this->weights = this->k + s.B * s.C;
+        DLA_ON_ISA(attend<A>(*this));
     }
 };
 
@@ -183,7 +116,7 @@ struct Inputs {
 
     template <class A>
     LightUpdateWeights<A> weights(const Attention<A>& attention) const {
-        return {attention.weights.get(), data_of<A>(value_weight), data_of<A>(carry_scale), data_of<A>(gate),
+        return {attention.weights, data_of<A>(value_weight), data_of<A>(carry_scale), data_of<A>(gate),
                 data_of<A>(carry_weight)};
     }
 };
@@ -336,12 +269,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
         const auto data_if = [](const std::optional<Tensor>& there, const Tensor& t) {
             return there ? mutable_data_of<A>(t) : nullptr;
         };
-        const FilterGradients<A> grads{grad_attention.get(), mutable_data_of<A>(grad_value_weight),
-                                       data_if(in.carry_scale, grad_carry_scale), data_if(in.gate, grad_gate),
-                                       data_if(in.carry_weight, grad_carry_weight)};
-        grads.from(args, s, products.get());
-        attention.backward(grad_attention.get(), mutable_data_of<A>(grad_y), mutable_data_of<A>(grad_query_weight),
-                           mutable_data_of<A>(grad_key_weight));
+        const LightUpdateGradients<A> grads{grad_attention.get(), mutable_data_of<A>(grad_value_weight),
+                                            data_if(in.carry_scale, grad_carry_scale), data_if(in.gate, grad_gate),
+                                            data_if(in.carry_weight, grad_carry_weight)};
+        DLA_ON_ISA(filter_gradients<A>(args, s, products.get(), grads));
+        DLA_ON_ISA(attend_backward<A>(attention, grad_attention.get(), mutable_data_of<A>(grad_y),
+                                      mutable_data_of<A>(grad_query_weight), mutable_data_of<A>(grad_key_weight)));
     });
     return {grad_x,       grad_y,           grad_query_weight, grad_key_weight,  grad_value_weight,
             grad_carried, grad_carry_scale, grad_gate,         grad_carry_weight};

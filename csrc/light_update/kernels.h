@@ -3,6 +3,7 @@
 #include "common/moments.h"
 #include "light_update/planes.h"
 #include "light_update/rows.h"
+#include "light_update/vectors.h"
 
 // Calls body with the way the carry enters as a constant.
 template <class Args, class Body>

@@ -59,7 +59,7 @@ class Call:
 
     def function(self, *tensors: Tensor, backend: str | None = None) -> tuple[Tensor, ...]:
         named = dict(zip(self.tensors, tensors, strict=True))
-        for group in ("weights", "maps", "value_weights", "norm"):
+        for group in ("weights", "maps", "query_weights", "key_weights", "value_weights", "norm"):
             members = {n.removeprefix(f"{group}."): named.pop(n) for n in list(named) if n.startswith(f"{group}.")}
             if members:
                 named[group] = BatchNorm(**members, training=self.training) if group == "norm" else [*members.values()]
@@ -96,17 +96,27 @@ class Call:
         return named | {f"gradient of {name}": g for name, g in zip(self.differentiable, grads, strict=True)}
 
 
-def stage(maps, q, k, gates, value_weights, norm, head_dim, backend, keep=None) -> tuple[Tensor, ...]:
-    """The outputs of a stage's T layers, given a map and a value filter for each, and q, k, gates [B, T, C]."""
+def stage(
+    maps, features, gates, query_weights, key_weights, value_weights, norm, head_dim, backend, keep=None, keys=False
+) -> tuple[Tensor, ...]:
+    """The outputs of a stage's T layers, given a map, its filters, and a row of features and gates [B, T, C] for each.
+
+    With ``keys`` a later layer is given the keys that those before returned, times their gates.
+    """
     layers, outputs = [], []
-    for t, (x, value_weight) in enumerate(zip(maps, value_weights, strict=True)):
+    for t, (x, query_weight, value_weight) in enumerate(zip(maps, query_weights, value_weights, strict=True)):
         now, followers = slice(0, t + 1), len(maps) - t - 1
+        rows, filters = features[:, now], key_weights[now]
+        if keys:
+            refreshed = [layer.key * gates[:, m] for m, layer in enumerate(layers)]
+            rows, filters = torch.stack([*refreshed, features[:, t]], dim=1), key_weights[t : t + 1]
         out, layer = dla_kernels.layer_attention(
-            x, q[:, t], k[:, now], gates[:, now], value_weight, layers, norm, keep, head_dim, followers, backend
-        )
+            x, rows, gates[:, now], query_weight, filters, value_weight, layers, norm, keep, head_dim, followers,
+            backend,
+        )  # fmt: skip
         layers.append(layer)
         outputs.append(out)
-    return *outputs, layers[0].pooled
+    return *outputs, layers[0].pooled, layers[0].key
 
 
 def _maps(shape, dtype, layout):
@@ -153,11 +163,12 @@ def light_update(
 
 
 def layer_attention(
-    B, C, H, W, dtype, layout="planes", other=None, T=3, head_dim=None, statistics="own", keep=False
+    B, C, H, W, dtype, layout="planes", other=None, T=3, head_dim=None, statistics="own", keep=False, K=3, keys=False
 ) -> Call:
     state, vector = _vectors(dtype)
     first, rest = _maps((B, C, H, W), dtype, layout), _maps((B, C, H, W), dtype, other or layout)
-    tensors = {"q": vector(B, T, C), "k": vector(B, T, C), "gates": vector(B, T, C)}
+    tensors = {"features": vector(B, T, C), "gates": vector(B, T, C)}
+    tensors |= {f"{name}_weights.{m}": vector(1, 1, K) for name in ("query", "key") for m in range(T)}
     tensors |= {f"maps.{m}": rest() if m else first() for m in range(T)}
     tensors |= {f"value_weights.{m}": vector(C, 1, 3, 3) for m in range(T)}
     tensors |= _norm(vector, C, statistics) | _keep(B, state, keep)
@@ -165,7 +176,8 @@ def layer_attention(
         # Far from the ReLU's kink: near it, what two right results round to may lie on either side.
         tensors["norm.weight"] *= 0.1
         tensors["norm.bias"] = tensors["norm.bias"].sign()
-    return Call("layer_attention", tensors, {"head_dim": head_dim or C}, statistics == "own").require_grad()
+    options = {"head_dim": head_dim or C, "keys": keys}
+    return Call("layer_attention", tensors, options, statistics == "own").require_grad()
 
 
 def _weights(form, C, dtype):

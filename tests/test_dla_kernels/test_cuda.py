@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import assert_close
 from test_dla_kernels.cases import ROWS, TYPICAL, Call
-from test_dla_kernels.test_fused import CANCELLING, LIMITS
+from test_dla_kernels.test_fused import CANCELLING, LIMITS, slack_of
 
 import dla_kernels
 from dla_kernels import native
@@ -38,8 +38,7 @@ def test_matches_the_reference(make, dtype):
     actual = call.run("native", d)
     expected = expected_call.run("reference", d if low else [t.double() for t in d])
     for name, value in actual.items():
-        slack = CANCELLING.get(call.op, 1) if name.startswith("gradient") else 1
-        assert_close(value, expected[name], slack * LIMITS[dtype], name)
+        assert_close(value, expected[name], slack_of(call.op, name, low) * LIMITS[dtype], name)
 
 
 @pytest.mark.parametrize("make", ROWS)

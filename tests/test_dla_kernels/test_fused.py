@@ -17,6 +17,15 @@ LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7, torc
 
 # BatchNorm takes a channel's scale out, so the gradients of what scales o are sums that all but cancel.
 CANCELLING = {"light_update": 8, "layer_attention": 8}
+# Those of layer_attention's filters along the channels are sums of such gradients, which cancel once more.
+FILTERS = 32
+
+
+def slack_of(op: str, name: str, low: bool) -> int:
+    """What the limit of a result is multiplied with."""
+    if low and name.startswith(("gradient of query_weights", "gradient of key_weights")):
+        return FILTERS
+    return CANCELLING.get(op, 1) if name.startswith("gradient") else 1
 
 
 def check(call: Call, limit: float, backend: str = "native") -> None:
@@ -27,8 +36,7 @@ def check(call: Call, limit: float, backend: str = "native") -> None:
     actual = call.run(backend, directions)
     expected = expected_call.run("reference", directions if low else [d.double() for d in directions])
     for name, value in actual.items():
-        slack = CANCELLING.get(call.op, 1) if name.startswith("gradient") else 1
-        assert_close(value, expected[name], slack * limit, name)
+        assert_close(value, expected[name], slack_of(call.op, name, low) * limit, name)
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
@@ -172,6 +180,8 @@ def test_any_shape_layout_and_dtype(op, data):
         options["carry"] = data.draw(st.sampled_from(("none", "plain", "gate", "filter", "gate filter")))
     if op in ("layer_attention", "refresh_gates"):
         options["T"] = data.draw(st.integers(1, 6))
+    if op == "layer_attention":
+        options |= {"K": data.draw(st.sampled_from((1, 3, 5))), "keys": data.draw(st.booleans())}
     if op in ("gap_dsu", "refresh_gates"):
         options["form"] = data.draw(st.sampled_from(("joint", "split")))
         options["activation"] = data.draw(st.sampled_from(("identity", "tanh", "sigmoid")))

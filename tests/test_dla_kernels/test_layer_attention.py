@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,12 +10,23 @@ from dla_kernels import BatchNorm, layer_attention
 
 
 def arguments(batch, channels, height, width, layers, dtype=torch.float64):
-    """Of a stage: T maps and their value filters, q, k and gates [B, T, C]."""
-    q, k, gates = torch.randn(3, batch, layers, channels, dtype=torch.float64)
+    """Of a stage, see :func:`cases.stage`: T maps, features and gates [B, T, C], the filters, BatchNorm."""
+    features, gates = torch.randn(2, batch, layers, channels, dtype=torch.float64)
+    query_weights, key_weights = (list(torch.randn(layers, 1, 1, 3, dtype=torch.float64)) for _ in range(2))
     maps = [torch.randn(batch, channels, height, width, dtype=torch.float64).to(dtype) for _ in range(layers)]
     value_weights = list(torch.randn(layers, channels, 1, 3, 3, dtype=torch.float64))
     weight, bias = torch.randn(2, channels, dtype=torch.float64)
-    return maps, q, k, gates, value_weights, BatchNorm(weight, bias)
+    return maps, features, gates, query_weights, key_weights, value_weights, BatchNorm(weight, bias)
+
+
+def attend(arguments, t, prior, **options):
+    """Layer t of these arguments."""
+    maps, features, gates, query_weights, key_weights, value_weights, norm = arguments
+    now = slice(0, t + 1)
+    return layer_attention(
+        maps[t], features[:, now], gates[:, now], query_weights[t], key_weights[now], value_weights[t], prior, norm,
+        **options,
+    )  # fmt: skip
 
 
 def written_out(q, k, gates, values, head_dim):
@@ -39,8 +52,13 @@ def written_out(q, k, gates, values, head_dim):
     ],
 )
 def test_equation(backend, shape, layers, head_dim):
-    maps, q, k, gates, value_weights, norm = arguments(*shape, layers)
-    *outputs, pooled = stage(maps, q, k, gates, value_weights, norm, head_dim, backend)
+    given = maps, features, gates, query_weights, key_weights, value_weights, norm = arguments(*shape, layers)
+    *outputs, pooled, key = stage(*given, head_dim, backend)
+    q, k = (
+        torch.stack([F.conv1d(y[:, None], w, padding=1)[:, 0] for y, w in zip(rows.unbind(1), weights, strict=True)], 1)
+        for rows, weights in ((features, query_weights), (features * gates, key_weights))
+    )
+    assert_close(key, k[:, 0], 1e-12, "the first layer's key")
     values = [F.conv2d(x, w, padding=1, groups=shape[1]) for x, w in zip(maps, value_weights, strict=True)]
     assert_close(pooled, values[0].mean((2, 3)), 1e-12, "GAP of the value map")
     for t, out in enumerate(outputs):
@@ -49,15 +67,17 @@ def test_equation(backend, shape, layers, head_dim):
         assert_close(out, expected, 1e-12, f"layer {t}")
 
 
+@pytest.mark.parametrize("keys", [False, True])
 @pytest.mark.parametrize("backend", MANY_CALLS)
-def test_gradcheck_of_a_stage(backend):
+def test_gradcheck_of_a_stage(backend, keys):
     """Through the handles, by which a value map's gradient reaches the layer that made it."""
-    maps, q, k, gates, value_weights, norm = arguments(2, 4, 3, 2, 3)
-    inputs = (q, k, gates, norm.weight, norm.bias, *maps, *value_weights)
+    maps, features, gates, query_weights, key_weights, value_weights, norm = arguments(2, 4, 3, 2, 3)
+    inputs = (features, gates, norm.weight, norm.bias, *maps, *query_weights, *key_weights, *value_weights)
     require_grad(*inputs)
 
-    def op(q, k, gates, weight, bias, *rest):
-        return stage(rest[:3], q, k, gates, rest[3:], BatchNorm(weight, bias), 2, backend)
+    def op(features, gates, weight, bias, *rest):
+        maps, *filters = (rest[i : i + 3] for i in range(0, 12, 3))
+        return stage(maps, features, gates, *filters, BatchNorm(weight, bias), 2, backend, keys=keys)
 
     # In Triton's interpreter along a random direction, not for every element.
     assert torch.autograd.gradcheck(op, inputs, fast_mode=backend == "triton")
@@ -67,15 +87,12 @@ def test_gradcheck_of_a_stage(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_value_map_read_elsewhere_gets_both_gradients(backend):
-    maps, q, k, gates, value_weights, norm = arguments(2, 4, 3, 2, 2)
+    given = maps, _, _, _, _, value_weights, _ = arguments(2, 4, 3, 2, 2)
     require_grad(*maps, *value_weights)
 
     def loss(backend):
-        args = (value_weights[0], [], norm, None, 2, 1, backend)
-        _, layer = layer_attention(maps[0], q[:, 0], k[:, :1], gates[:, :1], *args)
-        out, _ = layer_attention(
-            maps[1], q[:, 1], k, gates, value_weights[1], [layer], norm, None, 2, 0, backend
-        )  # fmt: skip
+        _, layer = attend(given, 0, [], head_dim=2, followers=1, backend=backend)
+        out, _ = attend(given, 1, [layer], head_dim=2, backend=backend)
         return out.square().sum() + layer.value.square().sum() + layer.pooled.square().sum()
 
     tensors = (*maps, *value_weights)
@@ -85,29 +102,29 @@ def test_a_value_map_read_elsewhere_gets_both_gradients(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_frozen_layers_need_no_handles(backend):
-    maps, q, k, gates, value_weights, norm = arguments(2, 4, 3, 2, 2)
+    given = maps, *_ = arguments(2, 4, 3, 2, 2)
     options = {"head_dim": 2, "backend": backend}
     with torch.no_grad():
-        _, first = layer_attention(maps[0], q[:, 0], k[:, :1], gates[:, :1], value_weights[0], [], norm, **options)
+        _, first = attend(given, 0, [], **options)
     require_grad(maps[1])
-    out, _ = layer_attention(maps[1], q[:, 1], k, gates, value_weights[1], [first], norm, **options)
+    out, _ = attend(given, 1, [first], **options)
     (grad,) = torch.autograd.grad(out.square().sum(), [maps[1]])
     assert grad.abs().sum() > 0
 
 
 @pytest.mark.skipif("native" not in BACKENDS, reason="the reference needs no handles")
 def test_more_followers_than_announced():
-    maps, q, k, gates, value_weights, norm = arguments(2, 4, 3, 2, 2)
+    given = maps, *_ = arguments(2, 4, 3, 2, 2)
     require_grad(*maps)
-    _, first = layer_attention(maps[0], q[:, 0], k[:, :1], gates[:, :1], value_weights[0], [], norm, head_dim=2)
+    _, first = attend(given, 0, [], head_dim=2)
     with pytest.raises(ValueError, match=r"`prior\[0\]` was made for 0 followers, this is number 1"):
-        layer_attention(maps[1], q[:, 1], k, gates, value_weights[1], [first], norm, head_dim=2)
+        attend(given, 1, [first], head_dim=2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_scores_do_not_overflow(backend):
-    maps, q, k, gates, value_weights, norm = arguments(2, 32, 2, 2, 3)
-    outputs = stage(maps, q * 1e3, k * 1e3, gates, value_weights, norm, 32, backend)
+    maps, features, *rest = arguments(2, 32, 2, 2, 3)
+    outputs = stage(maps, features * 1e3, *rest, 32, backend)
     assert all(out.isfinite().all() for out in outputs)
 
 
@@ -116,8 +133,8 @@ def test_keeps_each_value_map_once(backend):
     """What a stage saves grows by a fixed number of maps a layer: x, its value, o, and what the reference adds."""
 
     def saved_maps(layers):
-        maps, q, k, gates, value_weights, norm = arguments(2, 32, 8, 8, layers)
-        require_grad(q, k, gates, norm.weight, *maps, *value_weights)
+        given = maps, features, gates, *filters, norm = arguments(2, 32, 8, 8, layers)
+        require_grad(features, gates, norm.weight, *maps, *itertools.chain(*filters))
         saved = {}
 
         def pack(t):
@@ -125,7 +142,7 @@ def test_keeps_each_value_map_once(backend):
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            outputs = stage(maps, q, k, gates, value_weights, norm, 32, backend)
+            outputs = stage(*given, 32, backend)
         assert outputs[0].grad_fn is not None
         return sum(t.untyped_storage().nbytes() >= maps[0].nbytes for t in saved.values())
 
@@ -138,11 +155,10 @@ def test_keeps_each_value_map_once(backend):
 @pytest.mark.parametrize("backend", MANY_CALLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_maps_accumulate_in_float32(backend, dtype):
-    maps, q, k, gates, value_weights, norm = arguments(2, 32, 9, 9, 12, dtype)
-    single = [t.float() for t in (q, k, gates)]
-    outputs = stage(maps, *single, value_weights, norm, 32, backend)
-    expected = stage([x.double() for x in maps], q, k, gates, value_weights, norm, 32, "reference")
-    for t, (a, e) in enumerate(zip(outputs[:-1], expected[:-1], strict=True)):
+    maps, features, gates, *rest = arguments(2, 32, 9, 9, 12, dtype)
+    *outputs, pooled, key = stage(maps, features.float(), gates.float(), *rest, 32, backend)
+    *expected, _, _ = stage([x.double() for x in maps], features, gates, *rest, 32, "reference")
+    for t, (a, e) in enumerate(zip(outputs, expected, strict=True)):
         assert a.dtype == dtype
         assert_close(a, e, 2 * torch.finfo(dtype).eps, f"layer {t}")  # V's rounding, o's and its own
-    assert outputs[-1].dtype == torch.float32
+    assert pooled.dtype == key.dtype == torch.float32

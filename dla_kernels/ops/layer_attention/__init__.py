@@ -16,9 +16,10 @@ from dla_kernels.ops.norm_residual.function import count_of, keep_books
 
 def layer_attention(
     x: Tensor,  # [B, C, H, W]
-    q: Tensor,  # [B, C]
-    k: Tensor,  # [B, T, C]
+    features: Tensor,  # [B, T, C]
     gates: Tensor,  # [B, T, C]
+    query_weight: Tensor,  # [1, 1, K]
+    key_weights: Sequence[Tensor],  # T, or one, of [1, 1, K]
     value_weight: Tensor,  # [C, 1, 3, 3]
     prior: Sequence[Layer],
     norm: BatchNorm,
@@ -32,6 +33,7 @@ def layer_attention(
     A gate is constant over H and W and commutes with the depthwise convolution that made the value map, so the
     refreshed maps x * d are never written. ::
 
+        q = conv1d(features[T], query_weight),  k^m = conv1d(features[m] * gates[m], key_weights[m])
         V = depthwise3x3(x, value_weight)
         a[b, m, head] = softmax over m of  sum over the head's channels of q k^m / sqrt(head_dim)
         o[b, c] = sum over m of  a[b, m, head(c)] gates[b, m, c] V^m[b, c]
@@ -44,9 +46,11 @@ def layer_attention(
 
     Args:
         x: [B, C, H, W] the layer's map.
-        q: [B, C] its query, in the state's dtype.
-        k: [B, T, C] the refreshed keys of the T layers, its own the last.
+        features: [B, T, C] the pooled maps of the T layers, its own the last, in the state's dtype.
         gates: [B, T, C] cumulative gates of the T layers, 1 for its own.
+        query_weight: [1, 1, K] the query's filter along the channels, K odd, zero-padded at both ends.
+        key_weights: [1, 1, K] the keys' filters of the T layers. Or its own alone: the ``features`` of the layers
+            before are their refreshed keys then, which no gate touches.
         value_weight: [C, 1, 3, 3] filter of its value map.
         prior: what this op returned for the T - 1 layers before, in order.
         norm: the BatchNorm of ``o``; its running statistics are updated in training.
@@ -70,26 +74,32 @@ def layer_attention(
         if not isinstance(layer, Layer):
             check.fail(f"`prior[{m}]` must be a layer as layer_attention returns it, got {type(layer).__name__}")
         check.map(f"prior[{m}]", layer.value)
-    check.dims["T"] = len(prior) + 1
-    check.state("q", q, "B C")
-    check.state("k", k, "B T C")
+    check.dims["T"] = layers = len(prior) + 1
+    check.state("features", features, "B T C")
     check.state("gates", gates, "B T C")
+    check.weight("query_weight", query_weight, "1 1 K")
+    check.odd("query_weight", "K")
+    if len(key_weights) not in (1, layers):
+        check.fail(f"`key_weights` must hold a filter for each of the {layers} layers or one, got {len(key_weights)}")
+    for m, weight in enumerate(key_weights):
+        check.weight(f"key_weights[{m}]", weight, "1 1 K")
     check.batch_norm(norm, count_of(x))
     check.heads(head_dim)
     if keep is not None:
         check.state("keep", keep, "B")
     if followers < 0:
         check.fail(f"`followers` must be at least 0, got {followers}")
-    chosen = choose(q.device, backend)
+    chosen = choose(x.device, backend)
     dtype = accumulate_dtype(x)
-    norm, value_weight = norm.to(dtype), value_weight.to(dtype)
+    norm, query_weight, value_weight = norm.to(dtype), query_weight.to(dtype), value_weight.to(dtype)
+    attention = x, features, gates, query_weight, [w.to(dtype) for w in key_weights], value_weight
     if chosen == "reference":
-        out, value, pooled, mean, var, share = reference.layer_attention(
-            x, q, k, gates, value_weight, [layer.value for layer in prior], norm, keep, head_dim
+        out, value, pooled, key, mean, var, share = reference.layer_attention(
+            *attention, [layer.value for layer in prior], norm, keep, head_dim
         )
-        layer = Layer(value, pooled)
+        layer = Layer(value, pooled, key)
     elif not (norm.training or torch.is_grad_enabled()) and keep is None:
-        return folded(x, q, k, gates, value_weight, prior, norm, head_dim, chosen)
+        return folded(*attention, prior, norm, head_dim, chosen)
     else:
         recording = torch.is_grad_enabled()
         for m, earlier in enumerate(prior):
@@ -98,7 +108,7 @@ def layer_attention(
                     f"`prior[{m}]` was made for {len(earlier.handles)} followers, this is number {len(prior) - m}"
                 )
         out, layer, mean, var, share = attend(
-            x, q, k, gates, value_weight, prior, norm, keep, head_dim, followers if recording else 0, chosen
+            *attention, prior, norm, keep, head_dim, followers if recording else 0, chosen
         )
     keep_books(norm, mean, var, count_of(x), share, chosen)
     return out, layer

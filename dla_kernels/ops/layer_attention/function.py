@@ -31,12 +31,27 @@ class Layer(NamedTuple):
     Attributes:
         value: [B, C, H, W] its value map.
         pooled: [B, C] the value map's GAP.
+        key: [B, C] its key, before any refresh.
         handles: one for each later layer, in order; none where no gradients are taken.
     """
 
     value: Tensor
     pooled: Tensor
+    key: Tensor
     handles: tuple[Handle, ...] = ()
+
+
+def fake_project(
+    features: Tensor, gates: Tensor, query_weight: Tensor, key_weights: Tensor
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return features.new_empty(features.shape[0], features.shape[2]), empty_dense_like(features)
+
+
+def fake_project_backward(
+    grad_q: Tensor, grad_k: Tensor, grad_gates: Tensor, features: Tensor, gates: Tensor, query_weight: Tensor,
+    key_weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return tuple(empty_dense_like(t) for t in (features, gates, query_weight, key_weights))
 
 
 def fake_forward(
@@ -71,36 +86,42 @@ RELU = norm_residual.RELU["branch"]
 
 #: {backend: its ops}
 BACKENDS = {
-    name: module.library_ops("layer_attention", forward=fake_forward, folded=fake_folded, backward=fake_backward)
+    name: module.library_ops(
+        "layer_attention", project=fake_project, project_backward=fake_project_backward, forward=fake_forward,
+        folded=fake_folded, backward=fake_backward,
+    )
     for name, module in (("native", native), ("triton", triton))
-}
+}  # fmt: skip
 
 
 def folded(
-    x: Tensor, q: Tensor, k: Tensor, gates: Tensor, value_weight: Tensor, prior: Sequence[Layer], norm: BatchNorm,
-    head_dim: int, backend: str,
+    x: Tensor, features: Tensor, gates: Tensor, query_weight: Tensor, key_weights: Sequence[Tensor],
+    value_weight: Tensor, prior: Sequence[Layer], norm: BatchNorm, head_dim: int, backend: str,
 ) -> tuple[Tensor, Layer]:  # fmt: skip
     """The op without gradients and with constant statistics: one pass after that for the value map."""
+    q, k = BACKENDS[backend].project(features, gates, query_weight, torch.cat(list(key_weights)))
     value, pooled = light_update.value_map(backend, x, value_weight)
     values = [*(layer.value for layer in prior), value]
     out = BACKENDS[backend].folded(
         q, k, values, gates, x, *norm.constants, norm.weight, norm.bias, norm.eps, head_dim
     )  # fmt: skip
-    return out, Layer(value, pooled)
+    return out, Layer(value, pooled, k[:, -1])
 
 
 def attend(
-    x: Tensor, q: Tensor, k: Tensor, gates: Tensor, value_weight: Tensor, prior: Sequence[Layer], norm: BatchNorm,
-    keep: Tensor | None, head_dim: int, followers: int, backend: str,
+    x: Tensor, features: Tensor, gates: Tensor, query_weight: Tensor, key_weights: Sequence[Tensor],
+    value_weight: Tensor, prior: Sequence[Layer], norm: BatchNorm, keep: Tensor | None, head_dim: int, followers: int,
+    backend: str,
 ) -> tuple[Tensor, Layer, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """The op under autograd: its output, its layer, and what is said of the statistics."""
     handles = [layer.handles[len(prior) - m - 1] for m, layer in enumerate(prior) if layer.handles]  # else no gradient
-    out, value, pooled, *edges, _, mean, var, share = LayerAttention.call(
-        x, q, k, gates, value_weight, norm.weight, norm.bias, keep, *norm.constants, norm.eps, head_dim, norm.group,
-        followers, backend, len(prior), *(layer.value for layer in prior), *(t for handle in handles for t in handle),
+    out, value, pooled, key, *edges, _, _, _, mean, var, share = LayerAttention.call(
+        x, features, gates, query_weight, value_weight, norm.weight, norm.bias, keep, *norm.constants, norm.eps,
+        head_dim, norm.group, followers, backend, len(prior), len(key_weights), *key_weights,
+        *(layer.value for layer in prior), *(t for handle in handles for t in handle),
     )  # fmt: skip
     made = tuple(Handle(*edges[i : i + 2]) for i in range(0, len(edges), 2))
-    return out, Layer(value, pooled, made), mean, var, share
+    return out, Layer(value, pooled, key, made), mean, var, share
 
 
 class LayerAttention(Function):
@@ -112,72 +133,92 @@ class LayerAttention(Function):
 
     @staticmethod
     def forward(
-        x, q, k, gates, value_weight, weight, bias, keep, mean, var, eps, head_dim, group, followers, backend, prior,
-        *rest,
+        x, features, gates, query_weight, value_weight, weight, bias, keep, mean, var, eps, head_dim, group, followers,
+        backend, prior, filters, *rest,
     ):  # fmt: skip
+        ops, norm_ops, share = BACKENDS[backend], norm_residual.BACKENDS[backend], None
+        q, k = ops.project(features, gates, query_weight, torch.cat(rest[:filters]))
         value, pooled = light_update.value_map(backend, x, value_weight)
-        o, o_mean, o_var = BACKENDS[backend].forward(q, k, (*rest[:prior], value), gates, head_dim)
-        ops, share = norm_residual.BACKENDS[backend], None
+        o, o_mean, o_var = ops.forward(q, k, (*rest[filters : filters + prior], value), gates, head_dim)
         if mean is None:
             mean, var, share = norm_residual.batch_statistics(o_mean, o_var, group, norm_residual.count_of(x))
-        out, _, mean, var = ops.forward(x, o, mean, var, weight, bias, keep, eps, RELU)
+        out, _, mean, var = norm_ops.forward(x, o, mean, var, weight, bias, keep, eps, RELU)
         batch, layers, channels = k.shape
-        edges = [
-            edge
-            for later in range(followers)
-            for edge in (
-                value.new_empty(1).expand(value.shape),
-                q.new_empty(1).expand(batch, layers + later + 1, channels),
-            )
-        ]
-        return out, value, pooled, *edges, o, mean, var, share
+        stand_in, edges = None, []
+        for later in range(followers):
+            stand_in = (value.new_empty(1), q.new_empty(1)) if stand_in is None else stand_in
+            edges += [
+                stand_in[0].expand(value.shape),
+                stand_in[1].expand(batch, layers + later + 1, channels),
+            ]
+        return out, value, pooled, k[:, -1].clone(), *edges, q, k, o, mean, var, share
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         (
-            x, q, k, gates, value_weight, weight, bias, keep, constant, _, ctx.eps, ctx.head_dim, ctx.group, _,
-            ctx.backend, ctx.prior, *rest,
+            _x, _features, _gates, _query_weight, _value_weight, weight, bias, keep, constant, _, ctx.eps,
+            ctx.head_dim, ctx.group, _, ctx.backend, ctx.prior, ctx.filters, *rest,
         ) = inputs  # fmt: skip
-        _, value, *_, o, mean, var, share = output
-        ctx.mark_non_differentiable(*(t for t in (mean, var, share, o) if t is not None))
+        _, value, _, _, *_, q, k, o, mean, var, share = output
+        ctx.mark_non_differentiable(*(t for t in (q, k, mean, var, share, o) if t is not None))
         ctx.set_materialize_grads(False)
         ctx.own_statistics = constant is None
-        ctx.handles = (len(rest) - ctx.prior) // 2
+        ctx.handles = (len(rest) - ctx.prior - ctx.filters) // 2
         ctx.save_for_backward(
-            x, value_weight, o, mean, var, share, weight, bias, keep, q, k, gates, *rest[: ctx.prior], value
+            *inputs[:5], o, mean, var, share, weight, bias, keep, q, k, *rest[: ctx.filters + ctx.prior], value
         )
 
     @staticmethod
-    def backward(ctx, grad_out: Tensor | None, grad_read: Tensor | None, grad_pooled: Tensor | None, *edges):
-        *edges, _, _, _, _ = edges  # o and the statistics are detached
+    def backward(
+        ctx, grad_out: Tensor | None, grad_read: Tensor | None, grad_pooled: Tensor | None, grad_key: Tensor | None,
+        *edges,
+    ):  # fmt: skip
+        edges = edges[: 2 * (len(edges) // 2 - 3)]  # the other six are detached
         saved = ctx.saved_tensors  # once: checkpointing computes it anew at every look
-        x, value_weight, o, mean, var, share, weight, bias, keep, q, k, gates, *values = saved
+        (
+            x, features, gates, query_weight, value_weight, o, mean, var, share, weight, bias, keep, q, k, *rest,
+        ) = saved  # fmt: skip
+        key_weights, values = rest[: ctx.filters], rest[ctx.filters :]
         if grad_out is None:
             grad_out = torch.zeros_like(o)
         later_grads = [g for g in edges[::2] if g is not None]
         later_weights = [w for w in edges[1::2] if w is not None]
-        needs = ctx.needs_input_grad[:8]
+        needs = ctx.needs_input_grad
         need_x, need_value, need_keep = needs[0], needs[0] or needs[4], needs[7]
-        shared = mean, var, weight, bias
+        need_keys = needs[17 : 17 + ctx.filters]
+        shared, ops = (mean, var, weight, bias), BACKENDS[ctx.backend]
         grad_weight, grad_bias, grad_keep = norm_residual.BACKENDS[ctx.backend].sums(
             grad_out, None, o, None, *shared, keep, ctx.eps, RELU, need_keep
         )
         sums = gradient_sums(ctx.group, share, grad_weight, grad_bias) if ctx.own_statistics else (None, None)
-        grad_q, grad_k, grad_gates, grad_o, weights, grad_value = BACKENDS[ctx.backend].backward(
+        grad_q, grad_k, grad_gates, grad_o, weights, grad_value = ops.backward(
             grad_out, o, *shared, *sums, keep, ctx.eps, norm_residual.count_of(o), q, k, values, gates, later_grads,
             later_weights, ctx.head_dim, need_value,
         )  # fmt: skip
+        grad_features = grad_query_weight = None
+        grad_key_weights = (None,) * ctx.filters
+        if needs[1] or needs[2] or needs[3] or any(need_keys):
+            if grad_key is not None:
+                grad_k[:, -1] += grad_key
+            grad_features, grad_gates, grad_query_weight, of_filters = ops.project_backward(
+                grad_q, grad_k, grad_gates, features, gates, query_weight, torch.cat(key_weights)
+            )
+            grad_key_weights = of_filters.split(1)
         grad_x = grad_value_weight = None
         if need_value:
             grad_value = grad_value if grad_read is None else grad_value + grad_read
             grad_x, grad_value_weight = light_update.value_map_backward(
                 ctx.backend, grad_out, grad_value, grad_pooled, x, values[-1], value_weight, need_x
             )
-        found = grad_x, grad_q, grad_k, grad_gates, grad_value_weight, grad_weight, grad_bias, grad_keep
-        grads = tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
+        found = (
+            grad_x, grad_features, grad_gates, grad_query_weight, grad_value_weight, grad_weight, grad_bias, grad_keep,
+            *grad_key_weights,
+        )  # fmt: skip
+        needed = zip(found, (*needs[:8], *need_keys), strict=True)
+        grads = tuple(grad if need else None for grad, need in needed)
         factors = (grad_o, weights) * ctx.handles
         grads = double_backward.once(
-            "layer_attention", (*grads, *factors), (grad_out, grad_read, grad_pooled, *edges, *saved)
+            "layer_attention", (*grads, *factors), (grad_out, grad_read, grad_pooled, grad_key, *edges, *saved)
         )
         return (
             *grads[:8],
@@ -189,6 +230,8 @@ class LayerAttention(Function):
             None,  # followers
             None,  # backend
             None,  # prior
+            None,  # filters
+            *grads[8 : 8 + ctx.filters],
             *(None for _ in range(ctx.prior)),  # the prior value maps: by their handles
-            *grads[8:],
+            *grads[8 + ctx.filters :],
         )

@@ -2,11 +2,33 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from dla_kernels.batch_norm import BatchNorm
-from dla_kernels.common import accumulate_dtype, as_stored, depthwise3x3, expand_heads, gap, without_autocast
+from dla_kernels.common import (
+    accumulate_dtype,
+    as_stored,
+    channel_conv,
+    depthwise3x3,
+    expand_heads,
+    gap,
+    without_autocast,
+)
 from dla_kernels.ops.norm_residual.reference import norm_residual
+
+
+def queries_and_keys(
+    features: Tensor,  # [B, T, C]
+    gates: Tensor,  # [B, T, C]
+    query_weight: Tensor,  # [1, 1, K]
+    key_weights: Sequence[Tensor],  # [1, 1, K] each
+) -> tuple[Tensor, Tensor]:
+    """Q of the last layer [B, C] and the K of all [B, T, C]; with one key filter those before are K already."""
+    weight = torch.cat(list(key_weights))
+    given = features.shape[1] - len(weight)
+    keys = channel_conv(features[:, given:] * gates[:, given:], weight)
+    return channel_conv(features[:, -1:], query_weight)[:, 0], torch.cat([features[:, :given], keys], dim=1)
 
 
 def attention_weights(
@@ -22,16 +44,18 @@ def attention_weights(
 @without_autocast
 def layer_attention(
     x: Tensor,  # [B, C, H, W]
-    q: Tensor,  # [B, C]
-    k: Tensor,  # [B, T, C]
+    features: Tensor,  # [B, T, C]
     gates: Tensor,  # [B, T, C]
+    query_weight: Tensor,  # [1, 1, K]
+    key_weights: Sequence[Tensor],  # [1, 1, K] each
     value_weight: Tensor,  # [C, 1, 3, 3]
     prior: Sequence[Tensor],  # T - 1 of [B, C, H, W]
     norm: BatchNorm,
     keep: Tensor | None,  # [B]
     head_dim: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """The block's output, its value map and its GAP; then what :func:`norm_residual` says of the statistics."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The block's output, its value map, that one's GAP and its key; then what :func:`norm_residual` says."""
+    q, k = queries_and_keys(features, gates, query_weight, key_weights)
     weights = expand_heads(attention_weights(q, k, head_dim), head_dim) * gates
     dtype = accumulate_dtype(x)
     value = depthwise3x3(x.to(dtype), value_weight)
@@ -39,4 +63,4 @@ def layer_attention(
     # One product a layer, not a stack of maps: autograd then keeps each value map once, however many layers read it.
     o = sum(w[..., None, None] * v.to(dtype) for w, v in zip(weights.unbind(1), values, strict=True))
     out, _, *statistics = norm_residual(x, as_stored(o, x.dtype), norm, keep, relu="branch")
-    return out, values[-1], gap(value), *statistics
+    return out, values[-1], gap(value), k[:, -1], *statistics

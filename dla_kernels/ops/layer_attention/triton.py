@@ -28,6 +28,7 @@ from dla_kernels.triton.maps import (
     map_beside,
     place,
     store,
+    sum_rows,
     tile_of,
     walk,
     walkable,
@@ -362,3 +363,123 @@ def backward(
             part=parts.stride(0), PARTS=parts.shape[0],
         )  # fmt: skip
     return of_q, of_k, of_gates, grad_o, weights, o.new_empty(0) if grad_value is None else grad_value
+
+
+@triton.jit
+def _slide(row, filter, c, C, TAPS: tl.constexpr, REVERSED: tl.constexpr):
+    """The filter over a row [C] at the channels c."""
+    total = tl.zeros(c.shape, row.dtype.element_ty)
+    for j in tl.static_range(TAPS):
+        at = c + j - TAPS // 2
+        tap = tl.load(filter + (TAPS - 1 - j if REVERSED else j))
+        inside = (at >= 0) & (at < C)
+        total += tl.where(inside, tap * tl.load(row + at, mask=inside, other=0.0), 0.0)
+    return total
+
+
+@triton.jit
+def _project(
+    gated, features, query_weight, key_weights, q, k, C, T, filters, TAPS: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """A program for every key, and for every query, which comes as one more layer."""
+    b, m = (tl.program_id(0) // (T + 1)).to(tl.int64), tl.program_id(0) % (T + 1)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        if m == T:
+            value = _slide(features + (b * T + T - 1) * C, query_weight, c, C, TAPS, False)
+            tl.store(q + b * C + c, value, mask=c < C)
+        else:
+            row = (b * T + m) * C
+            if m < T - filters:
+                value = tl.load(features + row + c, mask=c < C)
+            else:
+                value = _slide(gated + row, key_weights + (m - T + filters) * TAPS, c, C, TAPS, False)
+            tl.store(k + row + c, value, mask=c < C)
+
+
+@triton.jit
+def _project_backward(
+    grad_q, grad_k, given, gated, features, gates, query_weight, key_weights, grad_features, grad_gates, parts, C, T,
+    filters, TAPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A program for every layer of every sample; ``parts`` [B, filters + 1, TAPS] get its part of the filters'."""
+    b, m = (tl.program_id(0) // T).to(tl.int64), tl.program_id(0) % T
+    row, f = (b * T + m) * C, m - T + filters
+    taps = tl.arange(0, BLOCK_K)
+    of_key = tl.zeros([BLOCK_K], grad_k.dtype.element_ty)
+    of_query = tl.zeros([BLOCK_K], grad_k.dtype.element_ty)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        inside = c < C
+        of_k = tl.load(grad_k + row + c, mask=inside, other=0.0)
+        of_features, of_gates = of_k, tl.load(given + row + c, mask=inside, other=0.0)
+        if f >= 0:
+            of_gated = _slide(grad_k + row, key_weights + f * TAPS, c, C, TAPS, True)
+            of_features = of_gated * tl.load(gates + row + c, mask=inside, other=0.0)
+            of_gates += of_gated * tl.load(features + row + c, mask=inside, other=0.0)
+            of_key += _filter_gradient(of_k, gated + row, c, C, taps, TAPS)
+        if m == T - 1:
+            of_q = tl.load(grad_q + b * C + c, mask=inside, other=0.0)
+            of_features += _slide(grad_q + b * C, query_weight, c, C, TAPS, True)
+            of_query += _filter_gradient(of_q, features + row, c, C, taps, TAPS)
+        tl.store(grad_features + row + c, of_features, mask=inside)
+        tl.store(grad_gates + row + c, of_gates, mask=inside)
+    part = parts + b * (filters + 1) * TAPS + taps
+    if f >= 0:
+        tl.store(part + f * TAPS, of_key, mask=taps < TAPS)
+    if m == T - 1:
+        tl.store(part + filters * TAPS, of_query, mask=taps < TAPS)
+
+
+@triton.jit
+def _filter_gradient(grad, row, c, C, taps, TAPS: tl.constexpr):
+    """For every tap the sum over the channels c of grad times what the tap met of the row."""
+    at = c[None, :] + taps[:, None] - TAPS // 2
+    inside = (at >= 0) & (at < C) & (c < C)[None, :] & (taps < TAPS)[:, None]
+    met = tl.load(row + at, mask=inside, other=0.0)
+    return tl.sum(tl.where(inside, grad[None, :] * met, 0.0), 1)
+
+
+def project(
+    features: Tensor,  # [B, T, C]
+    gates: Tensor,  # [B, T, C]
+    query_weight: Tensor,  # [1, 1, K]
+    key_weights: Tensor,  # [T or 1, 1, K]
+) -> tuple[Tensor, Tensor]:
+    batch, T, channels = features.shape
+    features, gated = dense(features), features * gates
+    q, k = features.new_empty(batch, channels), torch.empty_like(features)
+    if batch > 0:
+        _project[(batch * (T + 1),)](
+            gated, features, dense(query_weight), dense(key_weights), q, k, channels, T, len(key_weights),
+            TAPS=query_weight.shape[-1], BLOCK_C=_channels_at_once(channels),
+        )  # fmt: skip
+    return q, k
+
+
+def project_backward(
+    grad_q: Tensor,  # [B, C]
+    grad_k: Tensor,  # [B, T, C]
+    grad_gates: Tensor,  # [B, T, C]
+    features: Tensor,  # [B, T, C]
+    gates: Tensor,  # [B, T, C]
+    query_weight: Tensor,  # [1, 1, K]
+    key_weights: Tensor,  # [T or 1, 1, K]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, T, channels = features.shape
+    features, gates, gated = dense(features), dense(gates), features * gates
+    filters, taps = len(key_weights), query_weight.shape[-1]
+    of_features, of_gates = torch.empty_like(features), torch.empty_like(gates)
+    parts = features.new_empty(batch, (filters + 1) * taps)
+    if batch > 0:
+        _project_backward[(batch * T,)](
+            dense(grad_q), dense(grad_k), dense(grad_gates), gated, features, gates, dense(query_weight),
+            dense(key_weights), of_features, of_gates, parts, channels, T, filters, TAPS=taps,
+            BLOCK_C=_channels_at_once(channels), BLOCK_K=triton.next_power_of_2(taps),
+        )  # fmt: skip
+    of_keys, of_query = sum_rows(*parts.split([filters * taps, taps], dim=1))
+    return of_features, of_gates, of_query.view(query_weight.shape), of_keys.view(key_weights.shape)
+
+
+def _channels_at_once(channels: int) -> int:
+    return min(512, triton.next_power_of_2(channels))
