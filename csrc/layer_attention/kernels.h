@@ -21,59 +21,67 @@ struct Streams {
     }
 };
 
-// o [n] += the sum over the maps of weights * maps, o readable up to a whole vector beyond. Few maps at a time: more
-// streams than the hardware follows, or than a set of the cache has ways, would run into each other.
-template <class T, class A = Acc<T>>
-void add_planes(const Streams<T>& streams, int64_t n, A* o) {
-    for (int64_t m = 0; m < streams.count; m += 4) {
-        const auto add = [&](auto count) __attribute__((always_inline)) {
-            constexpr int N = kLanes<A>;
-            Vec<A> weights[count()];
-            const T* maps[count()];
-            for (int i = 0; i < count(); ++i) {
-                weights[i] = broadcast(streams.weights[m + i]);
-                maps[i] = streams.maps[m + i];
-            }
-            int64_t p = 0;
-            for (; p + N <= n; p += N) {
-                auto total = load<A>(o + p);
-                for (int i = 0; i < count(); ++i) total += weights[i] * load<A>(maps[i] + p);
-                store<A>(o + p, total);
-            }
-            if (p == n) return;
-            auto total = load<A>(o + p);
-            for (int i = 0; i < count(); ++i) total += weights[i] * load<A>(maps[i] + p, n - p);
-            store<A>(o + p, total);
-        };
-        switch (streams.count - m) {
+// Calls body(m, count) for the maps from m on, up to four of them: more streams than the hardware follows, or than a
+// set of the cache has ways, would run into each other, and one alone leaves memory idle at every new plane.
+template <class Body>
+inline void by_four(int64_t maps, const Body& body) {
+    for (int64_t m = 0; m < maps; m += 4) {
+        switch (maps - m) {
             case 1:
-                add(std::integral_constant<int, 1>{});
+                body(m, std::integral_constant<int, 1>{});
                 break;
             case 2:
-                add(std::integral_constant<int, 2>{});
+                body(m, std::integral_constant<int, 2>{});
                 break;
             case 3:
-                add(std::integral_constant<int, 3>{});
+                body(m, std::integral_constant<int, 3>{});
                 break;
             default:
-                add(std::integral_constant<int, 4>{});
+                body(m, std::integral_constant<int, 4>{});
         }
     }
 }
 
-// The sum of g [n], readable up to a whole vector beyond, times a map's plane.
+// o [n] += the sum over the maps of weights * maps, o readable up to a whole vector beyond.
 template <class T, class A = Acc<T>>
-A dot_plane(const A* g, const T* map, int64_t n) {
-    constexpr int N = kLanes<A>, kVectors = 4;
-    Vec<A> sums[kVectors] = {};
-    int64_t p = 0;
-    for (; p + kVectors * N <= n; p += kVectors * N) {
-        for (int i = 0; i < kVectors; ++i) {
-            sums[i] += load<A>(g + p + i * N) * load<A>(map + p + i * N);
+void add_planes(const Streams<T>& streams, int64_t n, A* o) {
+    by_four(streams.count, [&](int64_t m, auto count) __attribute__((always_inline)) {
+        constexpr int N = kLanes<A>;
+        Vec<A> weights[count()];
+        const T* maps[count()];
+        for (int i = 0; i < count(); ++i) {
+            weights[i] = broadcast(streams.weights[m + i]);
+            maps[i] = streams.maps[m + i];
         }
-    }
-    for (; p < n; p += N) sums[0] += load<A>(g + p) * load<A>(map + p, n - p);
-    return sum<A, N>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+        int64_t p = 0;
+        for (; p + N <= n; p += N) {
+            auto total = load<A>(o + p);
+            for (int i = 0; i < count(); ++i) total += weights[i] * load<A>(maps[i] + p);
+            store<A>(o + p, total);
+        }
+        if (p == n) return;
+        auto total = load<A>(o + p);
+        for (int i = 0; i < count(); ++i) total += weights[i] * load<A>(maps[i] + p, n - p);
+        store<A>(o + p, total);
+    });
+}
+
+// The sums of g [n], zeros up to a whole vector beyond, times each map's plane, `step` apart.
+template <class T, class A = Acc<T>>
+void dot_planes(const A* g, const Streams<T>& streams, int64_t n, A* sums, int64_t step) {
+    by_four(streams.count, [&](int64_t m, auto count) __attribute__((always_inline)) {
+        constexpr int N = kLanes<A>;
+        Vec<A> totals[count()] = {};
+        const T* maps[count()];
+        for (int i = 0; i < count(); ++i) maps[i] = streams.maps[m + i];
+        int64_t p = 0;
+        for (; p + N <= n; p += N) {
+            const auto at = load<A>(g + p);
+            for (int i = 0; i < count(); ++i) totals[i] += at * load<A>(maps[i] + p);
+        }
+        for (int i = 0; p < n && i < count(); ++i) totals[i] += load<A>(g + p) * load<A>(maps[i] + p, n - p);
+        for (int i = 0; i < count(); ++i) sums[(m + i) * step] = sum<A>(totals[i]);
+    });
 }
 
 // o [C] += the sum over the maps of weights [count, C] * one pixel's channels.
@@ -176,7 +184,7 @@ void backward_planes(const LayerAttentionBackward<T>& a) {
     const int64_t HW = a.shape.HW(), C = a.shape.C, pitch = round_up(HW, N);
     parallel(a.shape.B * C, (2 * a.layers + a.later) * HW, [&](int64_t begin, int64_t end) {
         const Scratch<A> grad(pitch), value_grad(pitch);
-        const Streams<T> later(a.later);
+        const Streams<T> values(a.layers), later(a.later);
         for (int64_t i = begin; i < end; ++i) {
             const int64_t b = i / C, c = i % C;
             const A keep = a.keep ? a.keep[b] : A(1);
@@ -191,9 +199,8 @@ void backward_planes(const LayerAttentionBackward<T>& a) {
                 store<A>(&grad[p], keep_lanes<A>(g, HW - p));
                 store<A>(&value_grad[p], own_weight * g);
             }
-            for (int64_t m = 0; m < a.layers; ++m) {
-                a.products[(b * a.layers + m) * C + c] = dot_plane<T>(grad.get(), a.values[m].at(b, c, 0), HW);
-            }
+            values.take_plane(a.values, a.weights + b * a.layers * C, C, b, c);
+            dot_planes<T>(grad.get(), values, HW, &a.products[b * a.layers * C + c], C);
             if (!a.grad_value) continue;
             later.take_plane(a.later_grads, a.later_weights + b * a.later * C, C, b, c);
             add_planes<T>(later, HW, value_grad.get());
