@@ -42,6 +42,28 @@ __global__ void mirror(const float* in, float* out) {
     out[mistake == beyond_map ? at + 1 : at] = value + total;
 }
 
+enum GridMistake { right, no_grid_barrier, not_together, leaves_early };
+
+// Twice: a block's value becomes that of the block on the other side, plus 1.
+template <GridMistake mistake>
+__global__ void across(float* values, float* places) {
+    float* shared = shared_memory<float>();
+    shared[threadIdx.x] = values[blockIdx.x];
+    __syncthreads();
+    for (int round = 0; round < 2; ++round) {
+        if (threadIdx.x == 0) places[round * gridDim.x + blockIdx.x] = shared[31];
+        if (mistake == leaves_early && blockIdx.x == 1) return;
+        if (mistake == no_grid_barrier) {
+            __syncthreads();
+        } else {
+            grid_barrier();
+        }
+        shared[threadIdx.x] = places[round * gridDim.x + gridDim.x - 1 - blockIdx.x] + 1;
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) values[blockIdx.x] = shared[31];
+}
+
 }  // namespace
 }  // namespace dla
 
@@ -56,6 +78,21 @@ extern "C" __attribute__((visibility("default"))) bool run_mirror(int mistake, i
     try {
         launch(kernels[mistake], dim3(blocks), kThreads, (kThreads + kThreads / kWarp) * sizeof(float), nullptr, in,
                out);
+    } catch (const std::runtime_error&) {
+        return false;
+    }
+    return true;
+}
+
+// values [blocks], places [2, blocks]; returns whether the launch succeeded.
+extern "C" __attribute__((visibility("default"))) bool run_across(int mistake, int blocks, float* values,
+                                                                  float* places) {
+    using namespace dla;
+    void (*const kernels[])(float*, float*) = {across<right>, across<no_grid_barrier>, across<not_together>,
+                                               across<leaves_early>};
+    try {
+        launch_as(mistake != not_together, kernels[mistake], dim3(blocks), kWarp, kWarp * sizeof(float), nullptr,
+                  values, places);
     } catch (const std::runtime_error&) {
         return false;
     }

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <stdexcept>
 
 #include "common/cuda/reduce.cuh"
 #include "common/cuda/vector.cuh"
@@ -24,11 +25,15 @@ struct WalkPlan {
     static constexpr int64_t kBlocks = 2112;
 
     WalkPlan(const Shape& s, int N, bool rows, int lanes) : tiles(rows ? ceil_div(s.C, int64_t(lanes) * N) : s.C) {
+        if (std::max({s.B, s.C, s.HW()}) > INT32_MAX) throw std::runtime_error("a map of 2^31 or more along one axis");
         const int64_t vectors = rows ? s.HW() * lanes : ceil_div(s.HW(), N);
         // A warp per tile needs no barrier; but with too few of them most of the chip would wait.
         team = vectors > 32 * kWarp || (vectors > 2 * kWarp && s.B * tiles < 4096) ? kThreads : kWarp;
         groups = std::max<int64_t>(1, std::min(ceil_div(s.B, kThreads / team), ceil_div(kBlocks, tiles)));
     }
+
+    // For a warp that takes tiles of its own choice.
+    __device__ explicit WalkPlan(int64_t tiles) : tiles(tiles), groups(1), team(kWarp) {}
 
     dim3 grid() const { return dim3(static_cast<unsigned>(tiles * groups)); }
 };
@@ -40,11 +45,11 @@ struct Walk {
     static constexpr bool kRows = kRows_;
     // 64 bytes of adjacent channels in vectors, two whole sectors; without vectors a warp takes as many as it can.
     static constexpr int kLanes = !kRows ? 1 : N == 1 ? kWarp : 64 / (N * sizeof(T));
-    // Channels of a thread.
-    static constexpr int kChannels = kRows ? N : 1;
+    // Channels of a thread, and of a tile.
+    static constexpr int kChannels = kRows ? N : 1, kTile = kLanes * kChannels;
     static constexpr int kThreads = WalkPlan::kThreads;
     // Values of shared memory that a sum over the block needs.
-    static constexpr int kShared = kThreads / kWarp * kLanes * kChannels;
+    static constexpr int kShared = kThreads / kWarp * kTile;
 
     static WalkPlan plan(const Shape& s) { return WalkPlan(s, N, kRows, kLanes); }
 
@@ -54,10 +59,14 @@ struct Walk {
     int lane, walker;    // the thread's place among the channels, and among the vectors of its channels
 
     __device__ Walk(const Shape& s, const WalkPlan& plan)
+        : Walk(s, plan, blockIdx.x % static_cast<unsigned>(plan.tiles),
+               blockIdx.x / static_cast<unsigned>(plan.tiles)) {}
+
+    __device__ Walk(const Shape& s, const WalkPlan& plan, int tile, int group)
         : s(s),
           plan_(plan),
-          tile(blockIdx.x % static_cast<unsigned>(plan.tiles)),
-          group(blockIdx.x / static_cast<unsigned>(plan.tiles)),
+          tile(tile),
+          group(group),
           c(kRows ? (tile * kLanes + threadIdx.x % kLanes) * N : tile),
           lane(threadIdx.x % kLanes),
           walker(threadIdx.x % plan.team / kLanes) {}
