@@ -112,8 +112,8 @@ def rotating(functions: Iterable[Function]) -> Function:
     return lambda: next(turn)()
 
 
-def graphed(function: Function) -> Function:
-    """The function as a CUDA graph: without what its launches cost the host."""
+def graphed(function: Function, calls: int = 1) -> Function:
+    """So many calls of the function as one CUDA graph: without what its launches cost the host."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -122,5 +122,6 @@ def graphed(function: Function) -> Function:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        function()
+        for _ in range(calls):
+            function()
     return graph.replay

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import dla_kernels
-from dla.benchmarks import blocks, depth, launches, measure, models, ops
+from dla.benchmarks import blocks, depth, floors, launches, measure, models, ops
 from dla.benchmarks.measure import Row
 
 #: The questions, in the order in which they are asked.
@@ -22,6 +22,7 @@ QUESTIONS = {
     "models": models.rows,
     "depth": depth.rows,
     "launches": launches.rows,
+    "floors": floors.rows,
 }
 #: Seconds for the rounds of a row, in a short run and in a full one.
 BUDGET_S, FULL_BUDGET_S = 1.5, 5.0
