@@ -53,7 +53,7 @@ ifdef OFFLINE
 gpu:
 	DLA_KERNELS_CUDA=1 $(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps --upgrade \
 		--target build/offline .
-	PYTHONPATH=$(CURDIR)/build/offline $(PYTHON) benchmarks/gpu.py $(GPU)
+	PYTHONPATH=$(CURDIR)/build/offline:$(PYTHONPATH) $(PYTHON) benchmarks/gpu.py $(GPU)
 else
 gpu: $(VENV)/.package
 	$(BIN)/python benchmarks/gpu.py $(GPU)

@@ -8,6 +8,7 @@ piece; stopped, or out of its ``--minutes``, it goes on from there. Without a GP
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -44,6 +45,13 @@ class Piece(NamedTuple):
     command: list[str]
     variables: dict[str, str]
 
+    def __str__(self) -> str:
+        """As it would be typed."""
+        words = ["python" if word == sys.executable else word for word in self.command]
+        if words[1] == "-c":
+            words[1:3] = ["-m"]
+        return shlex.join([*(f"{name}={value}" for name, value in self.variables.items()), *words])
+
 
 def module(name: str, *arguments: str) -> list[str]:
     return [sys.executable, "-c", f"{RUN_MODULE}('{name}', run_name='__main__', alter_sys=True)", name, *arguments]
@@ -60,9 +68,9 @@ def pieces(out: Path = RESULTS) -> dict[str, Piece]:
 
     found = {"graphs_streams_devices": pytest("test_dla_kernels/test_cuda.py", "-m", "not slow")}
     for name in OPS_TESTS:
-        found[f"ops_{name}"] = pytest(f"test_dla_kernels/test_{name}.py", "--device", "cuda", "-m", "not slow")
+        found[f"ops_{name}"] = pytest(f"test_dla_kernels/test_{name}.py", "--device", "cuda")
     for name in MODEL_TESTS:
-        found[f"models_{name}"] = pytest(f"test_dla/test_{name}.py", "--device", "cuda", "-m", "not slow")
+        found[f"models_{name}"] = pytest(f"test_dla/test_{name}.py", "--device", "cuda")
     found["large_maps"] = pytest("test_dla_kernels/test_cuda.py", "-m", "slow")
     sanitizer = shutil.which("compute-sanitizer")
     for tool, options in SANITIZERS.items() if sanitizer else ():
@@ -168,7 +176,7 @@ def main() -> int:
     without = [] if shutil.which("compute-sanitizer") else [f"{tool}: no compute-sanitizer" for tool in SANITIZERS]
     if reason is not None:
         print(f"Nothing was run: {reason}. Not run:")
-        print("\n".join(f"  {name}: {' '.join(piece.command)}" for name, piece in asked.items()))
+        print("\n".join(f"  {name}: {piece}" for name, piece in asked.items()))
         print("\n".join(f"  {line}" for line in without))
         return 0
     print(f"dla-kernels {dla_kernels.__version__} on {torch.cuda.get_device_name()}")

@@ -44,7 +44,7 @@ def test_pieces_are_chosen_by_their_start(capsys, monkeypatch):
     if torch.cuda.is_available():
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     gpu.main()
-    chosen = [line.split(":")[0].strip() for line in capsys.readouterr().out.split("\n") if "-c import" in line]
+    chosen = [line.split(":")[0].strip() for line in capsys.readouterr().out.split("\n") if " -m " in line]
     assert chosen == [*(f"models_{name}" for name in gpu.MODEL_TESTS), "bench_floors"]
     monkeypatch.setattr("sys.argv", ["gpu.py", "model_"])
     with pytest.raises(SystemExit):
