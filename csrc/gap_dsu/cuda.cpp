@@ -43,10 +43,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_gap_dsu_forward(const Tensor& x_
         using A = std::remove_pointer_t<decltype(type)>;
         const auto dsu = dsu_of<A>(weights, C, joint, activation);
         const Tensor hidden = new_tensor(h, {B, dsu.hidden()});
-        gap_dsu_forward<A>({dsu, B, pool, mutable_data_if<A>(y), data_of<A>(pooled ? x : y), data_of<A>(h),
-                            data_of<A>(c), data_of<A>(carried), of_context, mutable_data_of<A>(new_h),
-                            mutable_data_of<A>(new_c), mutable_data_if<A>(gate), mutable_data_of<A>(hidden)},
-                           on.stream());
+        GapDsuForward<A> args{dsu,
+                              B,
+                              pool,
+                              mutable_data_if<A>(y),
+                              nullptr,
+                              data_of<A>(pooled ? x : y),
+                              data_of<A>(h),
+                              data_of<A>(c),
+                              data_of<A>(carried),
+                              of_context,
+                              mutable_data_of<A>(new_h),
+                              mutable_data_of<A>(new_c),
+                              mutable_data_if<A>(gate),
+                              mutable_data_of<A>(hidden)};
+        const Tensor parts = new_tensor(h, {gap_dsu_forward_scratch(args)});
+        args.parts = mutable_data_of<A>(parts);
+        gap_dsu_forward<A>(args, on.stream());
     });
     return {y, new_h, new_c, gate};
 }

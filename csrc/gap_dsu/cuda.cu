@@ -1,5 +1,6 @@
 // gap_dsu on the GPU: GAP where it is not given, then one or two steps of the DSU.
 #include "common/cuda/dsu.cuh"
+#include "common/cuda/parts.cuh"
 #include "common/cuda/walk.cuh"
 #include "gap_dsu/cuda.h"
 
@@ -22,20 +23,25 @@ __device__ __forceinline__ void add_up(const W& walk, const Map<const T>& map, i
 }
 
 template <class W, class A>
-__device__ __forceinline__ void write_means(const W& walk, int64_t b, const A (&total)[W::kChannels], A* y) {
+__device__ __forceinline__ void write(const W& walk, const A (&total)[W::kChannels], A pixels, A* to) {
     if (walk.walker > 0 || !walk.inside()) return;
 #pragma unroll
-    for (int i = 0; i < W::kChannels; ++i) y[b * walk.s.C + walk.c + i] = total[i] / A(walk.s.HW());
+    for (int i = 0; i < W::kChannels; ++i) to[walk.c + i] = total[i] / pixels;
 }
 
 // In a launch of its own, where a sample's tiles are few and large: a block's threads share one.
-template <class W, class T>
-__global__ void __launch_bounds__(WalkPlan::kThreads) pool(const Pool a, Acc<T>* y, const WalkPlan plan) {
+template <class W, class T, class A = Acc<T>>
+__global__ void __launch_bounds__(WalkPlan::kThreads) pool(const Pool a, A* y, A* parts, const WalkPlan plan) {
     const W walk(a.shape, plan);
+    const int64_t C = a.shape.C;
     walk.each_sample([&](int64_t b) {
-        Acc<T> total[W::kChannels] = {};
-        add_up<4>(walk, a.map<T>(), b, shared_memory<Acc<T>>(), total);
-        write_means(walk, b, total, y);
+        A total[W::kChannels] = {};
+        add_up<4>(walk, a.map<T>(), b, shared_memory<A>(), total);
+        if (plan.runs > 1) {
+            write(walk, total, A(1), parts + (b * plan.runs + walk.run) * C);
+        } else {
+            write(walk, total, A(a.shape.HW()), y + b * C);
+        }
     });
 }
 
@@ -50,14 +56,14 @@ struct PoolRows {
     template <class W, class T>
     __device__ __forceinline__ void operator()(W*, T*) const {
         constexpr int kAtOnce = sizeof(Word<T, W::N>) < 8 ? 16 : 128 / sizeof(Word<T, W::N>);
-        const WalkPlan plan(ceil_div(a.shape.C, W::kTile));
+        const WalkPlan plan(ceil_div(a.shape.C, W::kTile), a.shape);
         const int64_t first = blockIdx.y * kDsuWarps<A> + threadIdx.x / kWarp, step = gridDim.y * kDsuWarps<A>;
         for (int64_t k = first; k < plan.tiles * kDsuRows; k += step) {
             if (!rows.has(k % kDsuRows)) continue;
             const W walk(a.shape, plan, static_cast<int>(k / kDsuRows), 0);
             A total[W::kChannels] = {};
             add_up<kAtOnce>(walk, a.map<T>(), rows.row(k % kDsuRows), static_cast<A*>(nullptr), total);
-            write_means(walk, rows.row(k % kDsuRows), total, y);
+            write(walk, total, A(a.shape.HW()), y + rows.row(k % kDsuRows) * a.shape.C);
         }
     }
 };
@@ -235,32 +241,50 @@ __global__ void __launch_bounds__(kDsuThreads<A>, 1)
 
 }  // namespace
 
+// Whether GAP is a launch of its own. Warps keep the chip busy where tiles are many, and are done soon where these are
+// small.
+bool pools_apart(const Shape& s, const WalkPlan& plan) {
+    constexpr int64_t kMany = 1024, kSmall = 256;
+    return s.HW() > kSmall && s.B * plan.tiles < kMany;
+}
+
 template <class A>
-void gap_dsu_forward(const GapDsuForward<A>& args, cudaStream_t stream) {
-    GapDsuForward<A> a = args;
-    const Pool& pool_of = a.pool;
-    const Shape& s = pool_of.shape;
+int64_t gap_dsu_forward_scratch(GapDsuForward<A>& a) {
+    Pool& p = a.pool;
+    if (!p.x) return 0;
+    on_map<A>(p, [&](auto*, auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const auto map = p.map<T>();
+        p.vectors = p.channels_last ? in_vectors<kRowVector<T>>(map, p.shape.C)
+                                    : in_vectors<kPlaneVector<T>>(map, p.shape.HW());
+    });
+    int64_t runs = 1;
+    on_map<A>(p, [&](auto* walk, auto*) {
+        const WalkPlan plan = std::remove_pointer_t<decltype(walk)>::plan(p.shape);
+        if (pools_apart(p.shape, plan)) runs = plan.runs;
+    });
+    return runs > 1 ? a.B * runs * a.dsu.C : 0;
+}
+
+template <class A>
+void gap_dsu_forward(const GapDsuForward<A>& a, cudaStream_t stream) {
+    const Shape& s = a.pool.shape;
     unsigned phases = 1u << kReduceState | 1u << kExpandState;
     if (a.carried) phases |= 1u << kReduceGate | 1u << kExpandGate;
     if (a.pool.x) {
-        // Warps keep the chip busy where tiles are many, and are done soon where they are small.
-        constexpr int64_t kMany = 1024, kSmall = 256;
-        on_map<A>(a.pool, [&](auto*, auto* type) {
-            using T = std::remove_pointer_t<decltype(type)>;
-            const auto map = pool_of.map<T>();
-            a.pool.vectors =
-                a.pool.channels_last ? in_vectors<kRowVector<T>>(map, s.C) : in_vectors<kPlaneVector<T>>(map, s.HW());
-        });
         on_map<A>(a.pool, [&](auto* walk, auto* type) {
             using W = std::remove_pointer_t<decltype(walk)>;
             using T = std::remove_pointer_t<decltype(type)>;
             const WalkPlan plan = W::plan(s);
-            if (s.HW() <= kSmall || s.B * plan.tiles >= kMany) {
+            if (!pools_apart(s, plan)) {
                 phases |= 1u << kPool;
-            } else {
-                launch(pool<W, T>, plan.grid(), WalkPlan::kThreads, W::kShared * sizeof(A), stream, a.pool, a.pooled,
-                       plan);
+                return;
             }
+            launch(pool<W, T>, plan.grid(), WalkPlan::kThreads, W::kShared * sizeof(A), stream, a.pool, a.pooled,
+                   a.parts, plan);
+            if (plan.runs == 1) return;
+            launch_join(join_means<A>, s.B, s.C, stream, static_cast<const A*>(a.parts), plan.runs, s.B, s.C, A(s.HW()),
+                        a.pooled);
         });
     }
     const int64_t of_row = phases & 1u << kPool ? s.C * s.HW() : 0;
@@ -281,6 +305,8 @@ void gap_dsu_backward(const GapDsuBackward<A>& a, cudaStream_t stream) {
                      a.carried ? kTwoSteps : kOneStep, std::max(kDsuShared<A>, kProductShared) * sizeof(A), stream);
 }
 
+template int64_t gap_dsu_forward_scratch(GapDsuForward<float>&);
+template int64_t gap_dsu_forward_scratch(GapDsuForward<double>&);
 template void gap_dsu_forward(const GapDsuForward<float>&, cudaStream_t);
 template void gap_dsu_forward(const GapDsuForward<double>&, cudaStream_t);
 template int64_t gap_dsu_scratch(const GapDsuBackward<float>&);

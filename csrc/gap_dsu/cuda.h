@@ -14,7 +14,7 @@ struct Pool {
     const void* x = nullptr;
     int64_t batch, channel, pixel;  // strides
     bool channels_last;
-    bool vectors;  // decided at the launch
+    bool vectors;  // whether it can be read in vectors
 
     template <class T>
     DLA_HOST_DEVICE Map<const T> map() const {
@@ -27,7 +27,7 @@ struct GapDsuForward {
     Dsu<A> dsu;
     int64_t B;
     Pool pool;                     // of which y is taken, unless it is given
-    A* pooled;                     // [B, C], y where it is not given
+    A *pooled, *parts;             // [B, C], y where it is not given; scratch, gap_dsu_forward_scratch() values
     const A *y, *h, *c, *carried;  // [B, C]
     bool of_context;
     A *new_h, *new_c, *gate;  // [B, C]
@@ -46,6 +46,9 @@ struct GapDsuBackward {
     A* scratch;  // gap_dsu_scratch() values
 };
 
+// Sets pool.vectors, too.
+template <class A>
+int64_t gap_dsu_forward_scratch(GapDsuForward<A>&);
 template <class A>
 void gap_dsu_forward(const GapDsuForward<A>&, cudaStream_t);
 template <class A>

@@ -218,6 +218,7 @@ ROWS = [
         ("primes", (3, 13, 7, 11), {"relu": "branch", "keep": True}),  # no size is a multiple of a vector
         ("primes in rows", (3, 13, 7, 11), {"layout": "rows", "relu": "branch", "keep": True}),
         ("several runs of rows", (2, 48, 40, 40), {"layout": "rows"}),  # sums over runs are added
+        ("large planes", (1, 2, 200, 192), {"relu": "sum", "keep": True}),  # each for several of a GPU's blocks
         ("one pixel", (4, 17, 1, 1), {}),
         ("one channel", (3, 1, 9, 9), {"relu": "branch"}),  # whose sums do not all but cancel
         ("no sample", (0, 8, 4, 4), {"keep": True, "statistics": "running"}),  # it has no statistics of its own
@@ -288,6 +289,7 @@ ROWS = [
         ("many weights", (5, 256, 1, 1), {"carried": True}),  # which several blocks of a GPU share
         ("many weights, many rows", (26, 200, 1, 1), {"form": "split", "pooled": True}),
         ("large map", (3, 24, 20, 20), {"layout": "rows"}),  # of which GAP is a launch of its own
+        ("large planes", (1, 2, 200, 192), {}),
         ("many weights, split", (2, 200, 1, 1), {"form": "split"}),
         ("one pixel", (4, 17, 1, 1), {}),
         ("two channels", (3, 2, 9, 9), {"form": "split"}),
