@@ -71,47 +71,44 @@ def vectors_op(name: str, shape, direction: int, device) -> Prepared:
     """gap_dsu of a map or refresh_gates, beside an empty launch."""
     b, c = shape[:2]
     r = max(1, c // REDUCTION.get(c, 4))
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
 
     def random(*size: int) -> Tensor:
-        return (torch.randn(size, generator=generator) * size[-1] ** -0.5).to(device)
+        return torch.randn(size, device=device) * size[-1] ** -0.5
 
-    weights = dla_kernels.pack_dsu([random(r, 2 * c), random(3 * c, r), random(3 * c)])
-    packed = weights.packed.detach().requires_grad_()
-    weights = weights._replace(packed=packed)
-    state = [random(b, c).requires_grad_() for _ in range(2)]
+    packed = dla_kernels.pack_dsu([random(r, 2 * c), random(3 * c, r), random(3 * c)])
+    weights = packed._replace(packed=packed.packed.detach().requires_grad_())
+    rows = b if name == "gap_dsu" else b * ops.T
+    arguments = [random(b, c).requires_grad_() for _ in range(2)]
     if name == "gap_dsu":
-        x = torch.randn(shape, generator=generator).to(device, torch.bfloat16, memory_format=torch.channels_last)
-        arguments = [x.requires_grad_(), *state]
-        moved = x.nbytes if direction == 0 else 0
-        rows = b
-
-        def call():
-            return dla_kernels.gap_dsu(*arguments, weights)[:3]
+        x = random(*shape).to(torch.bfloat16, memory_format=torch.channels_last)
+        arguments = [x.requires_grad_(), *arguments]
     else:
-        arguments = [random(b, ops.T, c).requires_grad_(), random(b, ops.T, c).requires_grad_(), *state]
-        moved, rows = 0, b * ops.T
+        arguments = [*(random(b, ops.T, c).requires_grad_() for _ in range(2)), *arguments]
 
-        def call():
-            return [dla_kernels.refresh_gates(*arguments, weights)]
+    def call() -> list[Tensor]:
+        outputs = getattr(dla_kernels, name)(*arguments, weights)
+        return [outputs] if isinstance(outputs, Tensor) else [o for o in outputs if o is not None]
 
-    # Weights and the rows' vectors once forward; backward the weights' gradient and the vectors' too.
-    moved += (direction + 1) * (packed.nbytes + 5 * rows * c * packed.itemsize)
-    if direction == 0:
-        function: Function = torch.no_grad()(call)
-    else:
+    def build() -> Function:
+        if direction == 0:
+            return torch.no_grad()(call)
         outputs = call()
-        ones = [torch.ones_like(o) for o in outputs]
-        inputs = [*arguments, packed]
-        function = functools.partial(torch.autograd.grad, outputs, inputs, ones, retain_graph=True)
+        ones, inputs = [torch.ones_like(o) for o in outputs], [*arguments, weights.packed]
+        return functools.partial(torch.autograd.grad, outputs, inputs, ones, retain_graph=True)
+
+    # Weights, the rows' vectors and the map once forward; backward the weights' gradient and the vectors' too.
+    moved = (direction + 1) * (weights.packed.nbytes + 5 * rows * c * weights.packed.itemsize)
+    if name == "gap_dsu" and direction == 0:
+        moved += x.nbytes
     source = torch.empty(2**28 if device.type == "cuda" else 2**20, dtype=torch.uint8, device=device)
-    rivals = {"native": function, "empty": empty_launch(device)}
     facts = {"bytes": CALLS * moved, "map_bytes": source.nbytes}
+    built = {"native": build, "empty": functools.partial(empty_launch, device)}
     if device.type == "cuda":
-        facts["launches"] = launches.kernels(function)
-        rivals = {n: graphed(f, CALLS) for n, f in rivals.items()}
+        facts["launches"] = launches.kernels(build())
+        rivals = {name: graphed(of, CALLS) for name, of in built.items()}
     else:
-        rivals = {n: functools.partial(repeat, f) for n, f in rivals.items()}
+        rivals = {name: functools.partial(repeat, of()) for name, of in built.items()}
     return Prepared(rivals | {"copy": copy_of(source)}, facts)
 
 

@@ -148,18 +148,18 @@ OPS = {
 def build(op: Op, shape, dtype, layout, device, backend, exact=False) -> tuple[Callable, list[Tensor]]:
     """The op's function and its arguments, the same at every call; with ``exact`` held in float64."""
     b, c, h, w = shape
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator)
+        return torch.randn(size, generator=generator, device=device)
 
     def maps() -> Tensor:
         x = random(b, c, h, w).to(dtype).to(torch.float64 if exact else dtype)
-        return x.to(device, memory_format=LAYOUTS[layout]).requires_grad_()
+        return x.contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
 
     def vectors(*size: int) -> Tensor:
         v = (random(*size) * size[-1] ** -0.5).to(torch.float64 if exact else torch.float32)
-        return v.to(device).requires_grad_()
+        return v.requires_grad_()
 
     return op.build(maps, vectors, b, c, backend)
 
@@ -167,8 +167,9 @@ def build(op: Op, shape, dtype, layout, device, backend, exact=False) -> tuple[C
 def results(function: Callable, arguments: list[Tensor]) -> list[Tensor]:
     """Outputs, then gradients in a random direction: of a constant one BatchNorm leaves but rounding."""
     outputs = _differentiable(function(*arguments))
-    generator = torch.Generator().manual_seed(1)
-    directions = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
+    device = outputs[0].device
+    generator = torch.Generator(device).manual_seed(1)
+    directions = [torch.randn(o.shape, generator=generator, device=device).to(o) for o in outputs]
     return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, arguments, directions)]
 
 
@@ -206,9 +207,10 @@ def prepare(op, shape, dtype, layout, direction, compiled, device, alone=False) 
     fused = available(device)[: 1 if alone else None]
     check(op, (min(shape[0], CHECKED), *shape[1:]), dtype, layout, device, fused)
     eager = [*fused, *([] if alone else ["reference"])]
-    rivals = {b: run(op, shape, dtype, layout, direction, device, b) for b in eager}
+    built = {b: functools.partial(run, op, shape, dtype, layout, direction, device, b) for b in eager}
+    rivals = {b: build() for b, build in built.items()}
     if device.type == "cuda" and not alone:
-        rivals |= {f"{b}, CUDA graph": graphed(rivals[b]) for b in fused}
+        rivals |= {f"{b}, CUDA graph": graphed(built[b]) for b in fused}
     if compiled:
         torch._dynamo.reset()
         rivals["compiled"] = run(op, shape, dtype, layout, direction, device, "reference", torch.compile)

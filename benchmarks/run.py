@@ -139,9 +139,11 @@ class Run:
         found = {"question": row.question, "name": row.name, "labels": row.labels, "base": row.base}
         try:
             prepared = row.prepare(self.device)
+            samples = measure.interleaved(prepared.rivals, self.device, budget_s)
         except measure.Wrong as error:
             return found | {"error": str(error)}
-        samples = measure.interleaved(prepared.rivals, self.device, budget_s)
+        except RuntimeError as error:  # not enough memory, say: the other rows need not wait for it
+            return found | {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
         times = {name: measure.percentiles(s) for name, s in samples.items()}
         return found | {"seconds": times, "facts": prepared.facts}
 

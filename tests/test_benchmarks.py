@@ -117,6 +117,17 @@ def test_no_number_on_a_wrong_op(tmp_path, monkeypatch):
     report.write(session.results, tmp_path)
 
 
+def test_a_row_that_fails_does_not_end_the_run(tmp_path):
+    def fail(device):
+        raise torch.OutOfMemoryError("no room\nfor it")
+
+    session = run.Run(tmp_path / "bench.json", CPU)
+    session.measure([make_row("first", fail), make_row("second", sleepers)], 0)
+    first, second = session.results["rows"]
+    assert first["error"] == "OutOfMemoryError: no room"
+    assert "seconds" in second
+
+
 def test_wrong_network_gets_no_number(monkeypatch):
     stage = blocks.build(32, "dla_l", 2)
     networks.check(stage, torch.randn(2, 32, 4, 4))
