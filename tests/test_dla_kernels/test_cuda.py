@@ -4,10 +4,12 @@
 what the large maps are asked, which small ones are too.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import assert_close, directions_of
-from test_dla_kernels.cases import ROWS, TYPICAL, Call
+from test_dla_kernels.cases import MAKE, ROWS, TYPICAL, Call
 from test_dla_kernels.test_fused import CANCELLING, LIMITS
 
 import dla_kernels
@@ -15,6 +17,13 @@ from dla_kernels import native
 
 WHY_NOT = native.CUDA_ERROR if torch.cuda.is_available() else "no GPU"
 needs_gpu = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+
+
+#: Calls of every op, and two that take all of a GPU's blocks at once, which wait for each other.
+CALLS = TYPICAL | {
+    "gap_dsu, all blocks": partial(MAKE["gap_dsu"], 128, 256, 2, 2, carried=True),
+    "refresh_gates, all blocks": partial(MAKE["refresh_gates"], 40, 256, 1, 1, T=3),
+}
 
 
 def on_gpu(make, dtype, device="cuda") -> Call:
@@ -35,10 +44,10 @@ def test_same_bits_every_time(make):
 
 
 @needs_gpu
-@pytest.mark.parametrize("op", TYPICAL)
+@pytest.mark.parametrize("op", CALLS)
 def test_graph(op):
     """Captured once with its gradient, and replayed on other values."""
-    call = on_gpu(TYPICAL[op], torch.float32)
+    call = on_gpu(CALLS[op], torch.float32)
     d = directions_of(call("native"))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -57,10 +66,10 @@ def test_graph(op):
 
 
 @needs_gpu
-@pytest.mark.parametrize("op", TYPICAL)
+@pytest.mark.parametrize("op", CALLS)
 def test_two_streams(op):
     """Two calls side by side do not share anything they write."""
-    calls = [on_gpu(TYPICAL[op], torch.float32) for _ in range(2)]
+    calls = [on_gpu(CALLS[op], torch.float32) for _ in range(2)]
     ds = [directions_of(call("native")) for call in calls]
     expected = [call.run("native", d) for call, d in zip(calls, ds, strict=True)]
     streams = [torch.cuda.Stream() for _ in calls]
