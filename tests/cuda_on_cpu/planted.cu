@@ -16,7 +16,8 @@ enum Mistake {
     beyond_shared,
     beyond_map,
     misaligned,
-    divergent
+    divergent,
+    divergent_block  // for compute-sanitizer: the threads that are left behind go on when the others have ended
 };
 
 // Twice: out[i] = the value of the thread on the other side of the block, plus the block's sum.
@@ -33,6 +34,7 @@ __global__ void mirror(const float* in, float* out) {
         if (mistake != no_barrier_before_reuse) __syncthreads();
     }
     if (mistake == divergent && i < 40) __syncwarp();
+    if (mistake == divergent_block && i < 40) __syncthreads();
     float total = block_sum(value, shared + kThreads);
     if (mistake == misaligned) {
         float four[4];
@@ -74,7 +76,7 @@ extern "C" __attribute__((visibility("default"))) bool run_mirror(int mistake, i
     void (*const kernels[])(const float*, float*) = {
         mirror<none>,          mirror<no_barrier>,    mirror<no_barrier_before_reuse>,
         mirror<uninitialised>, mirror<beyond_shared>, mirror<beyond_map>,
-        mirror<misaligned>,    mirror<divergent>};
+        mirror<misaligned>,    mirror<divergent>,     mirror<divergent_block>};
     try {
         launch(kernels[mistake], dim3(blocks), kThreads, (kThreads + kThreads / kWarp) * sizeof(float), nullptr, in,
                out);
