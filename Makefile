@@ -48,8 +48,16 @@ bench: $(VENV)/.package
 tables: $(VENV)/.package
 	$(BIN)/python -m dla.benchmarks.report README.md docs/kernels.md
 
+# OFFLINE=1, where nothing can be downloaded: the packages that $(PYTHON) has, and ours in a folder before them.
+ifdef OFFLINE
+gpu:
+	DLA_KERNELS_CUDA=1 $(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps --upgrade \
+		--target build/offline .
+	PYTHONPATH=$(CURDIR)/build/offline:$(PYTHONPATH) $(PYTHON) benchmarks/gpu.py $(GPU)
+else
 gpu: $(VENV)/.package
-	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/gpu.py $(GPU)
+endif
 
 lint: $(VENV)/.package
 	$(BIN)/ruff check

@@ -83,8 +83,9 @@ def compiler() -> str | None:
 
 
 def git_commit() -> str:
+    """Of the clone, or outside one what DLA_KERNELS_COMMIT says."""
     if not (ROOT / ".git").exists():
-        return "unknown"
+        return os.environ.get("DLA_KERNELS_COMMIT", "unknown")
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 

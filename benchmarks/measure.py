@@ -112,15 +112,20 @@ def rotating(functions: Iterable[Function]) -> Function:
     return lambda: next(turn)()
 
 
-def graphed(function: Function) -> Function:
-    """The function as a CUDA graph: without what its launches cost the host."""
+def graphed(build: Callable[[], Function], calls: int = 1) -> Function:
+    """So many calls of what ``build`` returns as one CUDA graph: without what its launches cost the host.
+
+    It is built on the stream that is captured, as a backward pass runs where its forward has run.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
+        function = build()
         for _ in range(3):
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(calls):
+            function()
     return graph.replay

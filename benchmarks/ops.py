@@ -32,6 +32,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 #: On a GPU the calls go round sets of arguments, of this many bytes together: more than its caches hold.
 BEYOND_CACHES = 2**28
+#: Samples of a batch that are compared with the reference, which takes many times the memory in float64.
+CHECKED = 16
 #: How much larger than the reference's own rounding error another backend's may be, and what its sums may lose in
 #: float32: they add up to some ten thousand elements in another order.
 SLACK, SUMS = 8, 64 * torch.finfo(torch.float32).eps
@@ -83,7 +85,7 @@ def refresh_gates(maps, vectors, b, c, backend):
     return call, [vectors(b, T, c), vectors(b, T, c), vectors(b, c), vectors(b, c), *_dsu(vectors, c)]
 
 
-def layer_attention(maps, vectors, b, c, backend):
+def layer_attention(maps, vectors, b, c, backend, layers=T):
     def attend(x, features, gates, query_weight, value_weight, weight, bias, *key_weights):
         return dla_kernels.layer_attention(
             x, features, gates, query_weight, key_weights, value_weight, prior, BatchNorm(weight, bias), None,
@@ -94,11 +96,11 @@ def layer_attention(maps, vectors, b, c, backend):
         out, layer = attend(*arguments)
         return out, layer.pooled
 
-    prior, features, gates = [], vectors(b, T, c), vectors(b, T, c)
+    prior, features, gates = [], vectors(b, layers, c), vectors(b, layers, c)
     filters = vectors(1, 1, 5), vectors(c, 1, 3, 3), vectors(c), vectors(c)
-    key_weights = [vectors(1, 1, 5) for _ in range(T)]
+    key_weights = [vectors(1, 1, 5) for _ in range(layers)]
     with torch.no_grad():
-        for t in range(1, T):
+        for t in range(1, layers):
             prior.append(attend(maps(), features[:, :t], gates[:, :t], *filters, *key_weights[:t])[1])
     return call, [maps(), features, gates, *filters, *key_weights]
 
@@ -122,13 +124,19 @@ def norm_residual(maps, vectors, b, c, backend):
     return call, [maps(), maps(), vectors(c), vectors(c)]
 
 
+def of_layers(layers: int) -> Op:
+    """layer_attention over so many layers: V from x, o from the V's, out from both; backward its sums, then the
+    gradients of o, of V and of x."""
+    maps, flops = (layers + 6, layers + 11), (2 * layers + 24, 4 * layers + 46)
+    return Op(functools.partial(layer_attention, layers=layers), maps, flops)
+
+
 # A filter's tap is two FLOPs an element; a gradient of it two for the map's and two for the filter's. BatchNorm takes
 # about six an element forward, with its moments, and ten backward.
 OPS = {
     "gap_dsu": Op(gap_dsu, (1, 0), (1, 0), (2, 4)),
     "refresh_gates": Op(refresh_gates, (0, 0), (0, 0), (T, 2 * T)),
-    # V from x, o from the V's, out from both; backward its sums, then the gradients of o, of V and of x.
-    "layer_attention": Op(layer_attention, (T + 6, T + 11), (2 * T + 24, 4 * T + 46)),
+    "layer_attention": of_layers(T),
     "light_update": Op(light_update, (6, 9), (27, 50)),
     "light_update, filtered carry": Op(functools.partial(light_update, filtered=True), (6, 9), (43, 82)),
     "norm_residual": Op(norm_residual, (4, 8), (8, 12)),
@@ -138,29 +146,29 @@ OPS = {
 def build(op: Op, shape, dtype, layout, device, backend, exact=False) -> tuple[Callable, list[Tensor]]:
     """The op's function and its arguments, the same at every call; with ``exact`` held in float64."""
     b, c, h, w = shape
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator)
+        return torch.randn(size, generator=generator, device=device)
 
     def maps() -> Tensor:
         x = random(b, c, h, w).to(dtype).to(torch.float64 if exact else dtype)
-        return x.to(device, memory_format=LAYOUTS[layout]).requires_grad_()
+        return x.contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
 
     def vectors(*size: int) -> Tensor:
         v = (random(*size) * size[-1] ** -0.5).to(torch.float64 if exact else torch.float32)
-        return v.to(device).requires_grad_()
+        return v.requires_grad_()
 
     return op.build(maps, vectors, b, c, backend)
 
 
 def results(function: Callable, arguments: list[Tensor]) -> list[Tensor]:
-    """Outputs, then gradients."""
+    """Outputs, then gradients in a random direction: of a constant one BatchNorm leaves but rounding."""
     outputs = _differentiable(function(*arguments))
-    return [
-        *(o.detach() for o in outputs),
-        *torch.autograd.grad(outputs, arguments, [torch.ones_like(o) for o in outputs]),
-    ]
+    device = outputs[0].device
+    generator = torch.Generator(device).manual_seed(1)
+    directions = [torch.randn(o.shape, generator=generator, device=device).to(o) for o in outputs]
+    return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, arguments, directions)]
 
 
 def _differentiable(outputs) -> list[Tensor]:
@@ -192,12 +200,15 @@ def available(device: torch.device) -> list[str]:
     return [b for b in names if why_not(b, device) is None]
 
 
-def prepare(op, shape, dtype, layout, direction, compiled, device) -> Prepared:
-    fused = available(device)
-    check(op, shape, dtype, layout, device, fused)
-    rivals = {b: run(op, shape, dtype, layout, direction, device, b) for b in [*fused, "reference"]}
-    if device.type == "cuda":
-        rivals |= {f"{b}, CUDA graph": graphed(rivals[b]) for b in fused}
+def prepare(op, shape, dtype, layout, direction, compiled, device, alone=False) -> Prepared:
+    """A row's rivals: every fused backend and the reference, with ``alone`` the first one only; and a copy."""
+    fused = available(device)[: 1 if alone else None]
+    check(op, (min(shape[0], CHECKED), *shape[1:]), dtype, layout, device, fused)
+    eager = [*fused, *([] if alone else ["reference"])]
+    built = {b: functools.partial(run, op, shape, dtype, layout, direction, device, b) for b in eager}
+    rivals = {b: build() for b, build in built.items()}
+    if device.type == "cuda" and not alone:
+        rivals |= {f"{b}, CUDA graph": graphed(built[b]) for b in fused}
     if compiled:
         torch._dynamo.reset()
         rivals["compiled"] = run(op, shape, dtype, layout, direction, device, "reference", torch.compile)

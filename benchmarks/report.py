@@ -22,6 +22,7 @@ TITLES = {
     "models": "Whole networks; rivals: their time over ours",
     "depth": "A training step of a stage by its blocks; literal: its time over ours",
     "launches": "Ops that a block dispatches, forward + backward; time of a stage of four on maps of one pixel",
+    "floors": "What a GPU must reach",
 }
 
 
@@ -46,6 +47,27 @@ def of_copy(row: dict) -> float | None:
     """Bytes a second over those of a copy of the same map in the same round."""
     rate = bytes_per_s(row)
     return rate and rate / (2 * row["facts"]["map_bytes"] / p50(row, "copy"))
+
+
+def reached(row: dict) -> float:
+    """What a row of ``floors`` is measured by: see that file."""
+    facts = row["facts"]
+    match facts["unit"]:
+        case "of copy":
+            return of_copy(row)
+        case "x two launches":
+            of_bytes = facts["bytes"] * p50(row, "copy") / (2 * facts["map_bytes"])
+            return p50(row, ours(row)) / (2 * p50(row, "empty") + of_bytes)
+        case "x as fast":
+            return p50(row, row["base"]) / p50(row, ours(row))
+        case "x the time":
+            return p50(row, ours(row)) / p50(row, row["base"])
+    raise ValueError(f"no such unit: {facts['unit']}")
+
+
+def met(row: dict) -> bool:
+    facts = row["facts"]
+    return reached(row) <= facts["asked"] if facts["is_most"] else reached(row) >= facts["asked"]
 
 
 def _milliseconds(seconds: float | None) -> str:
@@ -112,6 +134,13 @@ COLUMNS: dict[str, dict[str, Callable[[dict], str]]] = {
         **_MS,
         **_OVER_PLAIN,
         **_over_ours(["literal"]),
+    },
+    "floors": {
+        **_MS,
+        "reached": lambda row: f"{reached(row):.2f} {row['facts']['unit']}",
+        "asked": lambda row: f"{'at most' if row['facts']['is_most'] else 'at least'} {row['facts']['asked']:g}",
+        "launches": lambda row: str(row["facts"].get("launches", "")),
+        "met": lambda row: "yes" if met(row) else "no",
     },
 }
 

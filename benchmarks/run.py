@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import dla_kernels
-from dla.benchmarks import blocks, depth, launches, measure, models, ops
+from dla.benchmarks import blocks, depth, floors, launches, measure, models, ops
 from dla.benchmarks.measure import Row
 
 #: The questions, in the order in which they are asked.
@@ -22,6 +22,7 @@ QUESTIONS = {
     "models": models.rows,
     "depth": depth.rows,
     "launches": launches.rows,
+    "floors": floors.rows,
 }
 #: Seconds for the rounds of a row, in a short run and in a full one.
 BUDGET_S, FULL_BUDGET_S = 1.5, 5.0
@@ -138,9 +139,11 @@ class Run:
         found = {"question": row.question, "name": row.name, "labels": row.labels, "base": row.base}
         try:
             prepared = row.prepare(self.device)
+            samples = measure.interleaved(prepared.rivals, self.device, budget_s)
         except measure.Wrong as error:
             return found | {"error": str(error)}
-        samples = measure.interleaved(prepared.rivals, self.device, budget_s)
+        except RuntimeError as error:  # not enough memory, say: the other rows need not wait for it
+            return found | {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
         times = {name: measure.percentiles(s) for name, s in samples.items()}
         return found | {"seconds": times, "facts": prepared.facts}
 

@@ -340,7 +340,7 @@ def plot(
 @app.command()
 def bench(
     questions: Annotated[
-        list[str] | None, typer.Argument(help="Some of ops, blocks, models, depth, launches. Default: all.")
+        list[str] | None, typer.Argument(help="Some of ops, blocks, models, depth, launches, floors. Default: all.")
     ] = None,
     op: Annotated[list[str] | None, typer.Option(help="Only these ops; an unknown one lists all.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="Only these models; an unknown one lists all.")] = None,

@@ -7,8 +7,21 @@ settings.register_profile("test", max_examples=200)
 settings.load_profile("test")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where the tests make their tensors: cpu, cuda or cuda:N")
+
+
 @pytest.fixture(autouse=True)
-def _same_start():
+def _same_start(request):
     """Every test draws the same numbers, alone or among others, and leaves one core to its neighbour."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    device = request.config.getoption("--device")
+    if device == "cpu":
+        yield
+        return
+    # TF32 has a thousandth of the precision that results are compared to.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.set_default_device(device)
+    yield
+    torch.set_default_device(None)

@@ -21,10 +21,19 @@ def assert_close(actual: Tensor, expected: Tensor, limit: float, name: str = "ou
 
 def gradients(outputs: Iterable[Tensor], inputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
     """Gradients of a fixed random combination of all outputs."""
-    generator = torch.Generator().manual_seed(seed)
     outputs = list(outputs)
-    directions = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
-    return list(torch.autograd.grad(outputs, inputs, directions))
+    return list(torch.autograd.grad(outputs, inputs, directions_of(outputs, seed)))
+
+
+def directions_of(outputs: Iterable[Tensor], seed: int = 1) -> list[Tensor]:
+    """What the outputs' gradients are multiplied with, the same at every call and on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(o.shape, generator=generator, dtype=torch.float64, device="cpu").to(o) for o in outputs]
+
+
+def on_gpu() -> bool:
+    """Whether the tests' tensors are on one: ``pytest --device cuda``."""
+    return torch.get_default_device().type == "cuda"
 
 
 def dsu_weights(form: str, channels: int, reduced: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:

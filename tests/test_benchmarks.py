@@ -9,11 +9,22 @@ import torch
 from typer.testing import CliRunner
 
 from dla import cli
-from dla.benchmarks import blocks, depth, launches, measure, models, networks, ops, report, run
+from dla.benchmarks import blocks, depth, floors, launches, measure, models, networks, ops, report, run
 from dla.benchmarks.measure import Prepared, Row, Wrong
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
+#: What is asked of a GPU, on shapes for this machine.
+SMALL_FLOORS = {
+    "map": (2, 32, 4, 4),
+    "layers": (12, 23),
+    "batch": 2,
+    "channels": {64: 4},
+    "networks": {
+        "resnet20_dla_l": (2, 16, "plain", 1.15, "x the time"),
+        "resnet20_dla_b": (2, 16, "literal", 8, "x as fast"),
+    },
+}
 
 
 def make_row(name, prepare, question="blocks"):
@@ -34,6 +45,7 @@ def results(tmp_path_factory):
         patch.setattr(depth, "DEPTHS", (2, 4))
         patch.setattr(models, "SHORT", ("resnet20_dla_l",))
         patch.setitem(models.MODELS["cpu"], "resnet20_dla_l", (2, 32))
+        patch.setattr(floors, "SIZES", {"cpu": SMALL_FLOORS})
         patch.setattr(measure, "MIN_ROUNDS", 2)
         patch.setattr(torch, "compile", lambda f: f)
         session = run.Run(tmp_path_factory.mktemp("run") / "bench.json", CPU)
@@ -105,6 +117,17 @@ def test_no_number_on_a_wrong_op(tmp_path, monkeypatch):
     report.write(session.results, tmp_path)
 
 
+def test_a_row_that_fails_does_not_end_the_run(tmp_path):
+    def fail(device):
+        raise torch.OutOfMemoryError("no room\nfor it")
+
+    session = run.Run(tmp_path / "bench.json", CPU)
+    session.measure([make_row("first", fail), make_row("second", sleepers)], 0)
+    first, second = session.results["rows"]
+    assert first["error"] == "OutOfMemoryError: no room"
+    assert "seconds" in second
+
+
 def test_wrong_network_gets_no_number(monkeypatch):
     stage = blocks.build(32, "dla_l", 2)
     networks.check(stage, torch.randn(2, 32, 4, 4))
@@ -150,6 +173,23 @@ def test_peak_is_that_of_the_allocator():
     assert depth.peak_bytes(two_maps_at_once, CPU) == pytest.approx(2 * 4 * 2**20, rel=1e-4)
 
 
+def test_every_floor_is_asked(results):
+    """Each op's directions, the block and the networks, each in its unit, and the verdict of both kinds."""
+    rows = [row for row in results["rows"] if row["question"] == "floors"]
+    headers, lines = report.cells(rows, "floors")
+    assert len(lines) == 8 + 4 + 2 + 2
+    assert {row["facts"]["unit"] for row in rows} == {"of copy", "x two launches", "x as fast", "x the time"}
+    for row, line in zip(rows, lines, strict=True):
+        assert f"{row['facts']['asked']:g}" in line[headers.index("asked")]
+        for factor, is_met in ((1e-9, True), (1e9, False)):  # of our time, whatever the unit
+            other = copy.deepcopy(row)
+            other["seconds"][report.ours(row)]["p50"] *= factor
+            assert report.met(other) == is_met, row["name"]
+    on_gpu = [row.labels for row in floors.rows(torch.device("cuda"))]
+    assert len(on_gpu) == 8 + 24 + 2 + 2
+    assert {"what": "light_update", "": "forward", "at": "256x256x56x56"} in on_gpu
+
+
 def changed(results, factor):
     other = copy.deepcopy(results)
     row = next(r for r in other["rows"] if r["question"] == "blocks")
@@ -182,7 +222,7 @@ def test_compare(results, tmp_path, monkeypatch):
         (["--model", "vgg"], "`model` must be one of resnet20_mrla_l, "),
         (["--model", "resnet50d+vgg"], "`model` resnet50d+vgg: the interaction must be one of lii, "),
         (["--model", "vgg99+dla_l"], "`model` vgg99+dla_l: timm has no 'vgg99'; it has "),
-        (["speed"], "`question` must be one of ops, blocks, models, depth, launches, got 'speed'"),
+        (["speed"], "`question` must be one of ops, blocks, models, depth, launches, floors, got 'speed'"),
         (["--device", "tpu"], "`device` must be auto or one of cpu"),
         (["--out", "/dev/null/x"], "`out` must be a folder that can be written, got /dev/null/x"),
     ],

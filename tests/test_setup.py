@@ -63,6 +63,11 @@ def test_cuda_without_nvcc_is_an_error_only_where_it_is_asked_for(tmp_path):
     assert ask("setup.cuda_wanted()", tmp_path / "other", {}, DLA_KERNELS_CUDA="auto") == (0, "False")
 
 
+def test_commit_outside_a_clone(tmp_path):
+    outside = f"setattr(setup, 'ROOT', setup.Path({str(tmp_path)!r})) or setup.git_commit()"
+    assert ask(outside, tmp_path, {}, DLA_KERNELS_COMMIT="abc") == (0, "abc")
+
+
 def test_unknown_choice(tmp_path):
     status, words = ask("0", tmp_path, {}, DLA_KERNELS_CUDA="yes")
     assert status != 0

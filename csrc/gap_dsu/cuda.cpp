@@ -6,6 +6,23 @@
 #include "common/cuda/dsu_host.h"
 
 namespace dla {
+namespace {
+
+Pool pool_of(const Tensor& x) {
+    Pool pool = {};
+    on_cuda_dtype(x, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const auto map = map_of<const T>(x);
+        constexpr auto kType = std::is_same_v<T, float>    ? MapType::float32
+                               : std::is_same_v<T, double> ? MapType::float64
+                               : std::is_same_v<T, __half> ? MapType::float16
+                                                           : MapType::bfloat16;
+        pool = {shape_of(x), kType, map.data, map.batch, map.channel, map.pixel, is_channels_last(x), false};
+    });
+    return pool;
+}
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_gap_dsu_forward(const Tensor& x_, const Tensor& h_, const Tensor& c_,
                                                                 const std::optional<Tensor>& carried_,
@@ -21,21 +38,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_gap_dsu_forward(const Tensor& x_
     const Tensor new_h = torch::stable::empty_like(h), new_c = torch::stable::empty_like(c);
     const Tensor gate = carried ? torch::stable::empty_like(h) : new_tensor(h, {0});
     if (B == 0) return {y, new_h, new_c, gate};
-    if (!pooled) {
-        on_cuda_dtype(x, [&](auto* type) {
-            using T = std::remove_pointer_t<decltype(type)>;
-            gap_pool<T>({shape_of(x), map_of<const T>(x), is_channels_last(x), mutable_data_of<Acc<T>>(y)},
-                        on.stream());
-        });
-    }
+    const Pool pool = pooled ? Pool{} : pool_of(x);
     on_state_dtype(h, [&](auto* type) {
         using A = std::remove_pointer_t<decltype(type)>;
         const auto dsu = dsu_of<A>(weights, C, joint, activation);
         const Tensor hidden = new_tensor(h, {B, dsu.hidden()});
-        gap_dsu_forward<A>({dsu, B, data_of<A>(pooled ? x : y), data_of<A>(h), data_of<A>(c), data_of<A>(carried),
-                            of_context, mutable_data_of<A>(new_h), mutable_data_of<A>(new_c), mutable_data_if<A>(gate),
-                            mutable_data_of<A>(hidden)},
-                           on.stream());
+        GapDsuForward<A> args{dsu,
+                              B,
+                              pool,
+                              mutable_data_if<A>(y),
+                              nullptr,
+                              data_of<A>(pooled ? x : y),
+                              data_of<A>(h),
+                              data_of<A>(c),
+                              data_of<A>(carried),
+                              of_context,
+                              mutable_data_of<A>(new_h),
+                              mutable_data_of<A>(new_c),
+                              mutable_data_if<A>(gate),
+                              mutable_data_of<A>(hidden)};
+        const Tensor parts = new_tensor(h, {gap_dsu_forward_scratch(args)});
+        args.parts = mutable_data_of<A>(parts);
+        gap_dsu_forward<A>(args, on.stream());
     });
     return {y, new_h, new_c, gate};
 }

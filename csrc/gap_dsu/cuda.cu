@@ -1,40 +1,113 @@
-// gap_dsu on the GPU: GAP in a pass of its own where it is not given, then one or two steps of the DSU.
+// gap_dsu on the GPU: GAP where it is not given, then one or two steps of the DSU.
 #include "common/cuda/dsu.cuh"
+#include "common/cuda/parts.cuh"
 #include "common/cuda/walk.cuh"
 #include "gap_dsu/cuda.h"
 
 namespace dla {
 namespace {
 
-template <class W, class T>
-__global__ void __launch_bounds__(WalkPlan::kThreads) pool(const Pool<T> a, const WalkPlan plan) {
-    using A = Acc<T>;
+// The sums of a sample's tile, in every thread of the team that shares a channel.
+template <int kAtOnce, class W, class T, class A = Acc<T>>
+__device__ __forceinline__ void add_up(const W& walk, const Map<const T>& map, int64_t b, A* shared,
+                                       A (&total)[W::kChannels]) {
+    const T* x = map.at(b, walk.c, 0);
+    walk.template each_vector<kAtOnce>([&](unsigned p) { return fetch<W::N>(x + p * map.pixel); },
+                                       [&](unsigned, const Word<T, W::N>& word) {
+                                           A value[W::N];
+                                           unpack<T>(word, value);
+#pragma unroll
+                                           for (int i = 0; i < W::N; ++i) total[W::kRows ? i : 0] += value[i];
+                                       });
+    walk.team_sums(total, shared);
+}
+
+template <class W, class A>
+__device__ __forceinline__ void write(const W& walk, const A (&total)[W::kChannels], A pixels, A* to) {
+    if (walk.walker > 0 || !walk.inside()) return;
+#pragma unroll
+    for (int i = 0; i < W::kChannels; ++i) to[walk.c + i] = total[i] / pixels;
+}
+
+// In a launch of its own, where a sample's tiles are few and large: a block's threads share one.
+template <class W, class T, class A = Acc<T>>
+__global__ void __launch_bounds__(WalkPlan::kThreads) pool(const Pool a, A* y, A* parts, const WalkPlan plan) {
     const W walk(a.shape, plan);
-    A* shared = shared_memory<A>();
+    const int64_t C = a.shape.C;
     walk.each_sample([&](int64_t b) {
-        const T* x = a.x.at(b, walk.c, 0);
         A total[W::kChannels] = {};
-        walk.template each_vector<4>([&](unsigned p) { return fetch<W::N>(x + p * a.x.pixel); },
-                                     [&](unsigned, const Word<T, W::N>& word) {
-                                         A value[W::N];
-                                         unpack<T>(word, value);
-#pragma unroll
-                                         for (int i = 0; i < W::N; ++i) total[W::kRows ? i : 0] += value[i];
-                                     });
-        walk.team_sums(total, shared);
-        if (walk.walker == 0 && walk.inside()) {
-#pragma unroll
-            for (int i = 0; i < W::kChannels; ++i) a.y[b * a.shape.C + walk.c + i] = total[i] / A(a.shape.HW());
+        add_up<4>(walk, a.map<T>(), b, shared_memory<A>(), total);
+        if (plan.runs > 1) {
+            write(walk, total, A(1), parts + (b * plan.runs + walk.run) * C);
+        } else {
+            write(walk, total, A(a.shape.HW()), y + b * C);
         }
     });
 }
 
+// A phase of the step's launch: a warp for each tile of the rows' samples. As few warps are resident as its registers
+// allow, so each has 128 bytes of a lane under way.
 template <class A>
-__global__ void __launch_bounds__(kDsuThreads<A>, 1) forward(const GapDsuForward<A> a, const DsuPhases phases) {
+struct PoolRows {
+    const Pool& a;
+    const DsuRows& rows;
+    A* y;
+
+    template <class W, class T>
+    __device__ __forceinline__ void operator()(W*, T*) const {
+        constexpr int kAtOnce = sizeof(Word<T, W::N>) < 8 ? 16 : 128 / sizeof(Word<T, W::N>);
+        const WalkPlan plan(ceil_div(a.shape.C, W::kTile), a.shape);
+        const int64_t first = blockIdx.y * kDsuWarps<A> + threadIdx.x / kWarp, step = gridDim.y * kDsuWarps<A>;
+        for (int64_t k = first; k < plan.tiles * kDsuRows; k += step) {
+            if (!rows.has(k % kDsuRows)) continue;
+            const W walk(a.shape, plan, static_cast<int>(k / kDsuRows), 0);
+            A total[W::kChannels] = {};
+            add_up<kAtOnce>(walk, a.map<T>(), rows.row(k % kDsuRows), static_cast<A*>(nullptr), total);
+            write(walk, total, A(a.shape.HW()), y + rows.row(k % kDsuRows) * a.shape.C);
+        }
+    }
+};
+
+// Calls body with null pointers to the map's Walk and element type; types whose state is not A are left out.
+#pragma nv_exec_check_disable
+template <class T, class Body>
+DLA_HOST_DEVICE __forceinline__ void on_walk_of(const Pool& a, const Body& body) {
+    T* const type = nullptr;
+    if (a.channels_last) {
+        constexpr int N = kRowVector<T>;
+        a.vectors ? body(static_cast<Walk<T, N, true>*>(nullptr), type)
+                  : body(static_cast<Walk<T, 1, true>*>(nullptr), type);
+    } else {
+        constexpr int N = kPlaneVector<T>;
+        a.vectors ? body(static_cast<Walk<T, N, false>*>(nullptr), type)
+                  : body(static_cast<Walk<T, 1, false>*>(nullptr), type);
+    }
+}
+
+#pragma nv_exec_check_disable
+template <class A, class Body>
+DLA_HOST_DEVICE __forceinline__ void on_map(const Pool& a, const Body& body) {
+    if constexpr (std::is_same_v<A, double>) {
+        on_walk_of<double>(a, body);
+    } else if (a.type == MapType::float32) {
+        on_walk_of<float>(a, body);
+    } else if (a.type == MapType::float16) {
+        on_walk_of<__half>(a, body);
+    } else {
+        on_walk_of<__nv_bfloat16>(a, body);
+    }
+}
+
+enum : int { kPool, kReduceState, kExpandState, kReduceGate, kExpandGate };
+
+template <class A>
+__global__ void __launch_bounds__(kDsuThreads<A>, 1)
+    forward(const __grid_constant__ GapDsuForward<A> a, const DsuPhases phases) {
     const Dsu<A>& d = a.dsu;
     const DsuRows rows(a.B);
-    phases.run(0, [&] { dsu_reduce(d, rows, a.y, a.h, 1, a.hidden); });
-    phases.run(1, [&] {
+    phases.run(kPool, [&] { on_map<A>(a.pool, PoolRows<A>{a.pool, rows, a.pooled}); });
+    phases.run(kReduceState, [&] { dsu_reduce(d, rows, a.y, a.h, 1, a.hidden); });
+    phases.run(kExpandState, [&] {
         dsu_expand(d, rows, a.hidden, [&](int64_t row, int64_t j, A input, A forget, A candidate) {
             const int64_t at = row * d.C + j;
             const A context = forget * a.c[at] + input * candidate;
@@ -42,8 +115,8 @@ __global__ void __launch_bounds__(kDsuThreads<A>, 1) forward(const GapDsuForward
             a.new_h[at] = activate(d.activation, context);
         });
     });
-    phases.run(2, [&] { dsu_reduce(d, rows, a.carried, static_cast<const A*>(a.new_h), 1, a.hidden); });
-    phases.run(3, [&] {
+    phases.run(kReduceGate, [&] { dsu_reduce(d, rows, a.carried, static_cast<const A*>(a.new_h), 1, a.hidden); });
+    phases.run(kExpandGate, [&] {
         dsu_expand(d, rows, a.hidden, [&](int64_t row, int64_t j, A input, A forget, A candidate) {
             const int64_t at = row * d.C + j;
             const A context = forget * a.new_c[at] + input * candidate;
@@ -80,93 +153,142 @@ template <class A>
 struct Backward {
     GapDsuBackward<A> args;
     Scratch<A> at;
+    DsuProducts<A> products;
 };
 
-// The phases of the backward: the steps again, then back through the second one, then through the first.
-enum : int { kReduce, kState, kReduceSecond, kGateSecond, kHiddenSecond, kInputSecond, kGate, kHidden, kInput };
-constexpr DsuPhases kOneStep = {1u << kReduce | 1u << kGate | 1u << kHidden | 1u << kInput};
-constexpr DsuPhases kTwoSteps = {(1u << (kInput + 1)) - 1};
+// The phases of the backward: the steps again, then back through the second one, then through the first, and at last
+// the weights' gradient, which sums over all rows.
+enum : int {
+    kReduce,
+    kState,
+    kReduceSecond,
+    kGateSecond,
+    kHiddenSecond,
+    kInputSecond,
+    kGate,
+    kHidden,
+    kInput,
+    kWeights
+};
+constexpr DsuPhases kOneStep = {1u << kReduce | 1u << kGate | 1u << kHidden | 1u << kInput | 1u << kWeights};
+constexpr DsuPhases kTwoSteps = {(1u << (kWeights + 1)) - 1};
 
 template <class A>
-__global__ void __launch_bounds__(kDsuThreads<A>, 1) backward(const Backward<A> both, const DsuPhases phases) {
+__global__ void __launch_bounds__(kDsuThreads<A>, 1)
+    backward(const __grid_constant__ Backward<A> both, const DsuPhases phases) {
     const GapDsuBackward<A>& a = both.args;
     const Scratch<A>& at = both.at;
     const Dsu<A>& d = a.dsu;
-    const DsuRows rows(a.B);
     const int64_t C = d.C, second_gates = a.B * 3 * C, second_hidden = a.B * d.hidden();
     A* shared = shared_memory<A>();
     const auto or_zero = [](const A* from, int64_t i) { return from ? from[i] : A(0); };
-    phases.run(kReduce, [&] { dsu_reduce(d, rows, a.y, a.h, 1, at.hidden); });
-    phases.run(kState, [&] {
-        dsu_expand(d, rows, at.hidden, [&](int64_t row, int64_t j, A input, A forget, A candidate) {
-            const int64_t i = row * C + j;
-            const A context = forget * a.c[i] + input * candidate;
-            at.new_c[i] = context;
-            at.new_h[i] = activate(d.activation, context);
+    DsuRows::each_group(a.B, [&](const DsuRows& rows) {
+        phases.run(kReduce, [&] { dsu_reduce(d, rows, a.y, a.h, 1, at.hidden); });
+        phases.run(kState, [&] {
+            dsu_expand(d, rows, at.hidden, [&](int64_t row, int64_t j, A input, A forget, A candidate) {
+                const int64_t i = row * C + j;
+                const A context = forget * a.c[i] + input * candidate;
+                at.new_c[i] = context;
+                at.new_h[i] = activate(d.activation, context);
+            });
+        });
+        phases.run(kReduceSecond, [&] {
+            dsu_reduce(d, rows, a.carried, static_cast<const A*>(at.new_h), 1, at.hidden + second_hidden);
+        });
+        phases.run(kGateSecond, [&] {
+            dsu_expand(d, rows, at.hidden + second_hidden, [&](int64_t row, int64_t j, A input, A forget, A candidate) {
+                const int64_t i = row * C + j;
+                const A before = at.new_c[i], context = forget * before + input * candidate;
+                A grad = or_zero(a.grad_gate, i);
+                if (!a.of_context) grad *= activation_slope(d.activation, context);
+                dsu_gate_gradients(d, row, j, grad, before, input, forget, candidate, at.grad_gates + second_gates);
+                at.from_c[i] = grad * forget;
+            });
+        });
+        phases.run(kHiddenSecond, [&] {
+            dsu_hidden_gradients(d, rows, at.grad_gates + second_gates, at.hidden + second_hidden,
+                                 at.grad_hidden + second_hidden, shared);
+        });
+        phases.run(kInputSecond, [&] {
+            dsu_input_gradients<true>(d, rows, at.grad_hidden + second_hidden,
+                                      [&](int64_t row, int64_t j, A of_carried, A of_h) {
+                                          a.grad_carried[row * C + j] = of_carried;
+                                          at.from_h[row * C + j] = of_h;
+                                      });
+        });
+        phases.run(kGate, [&] {
+            dsu_expand(d, rows, at.hidden, [&](int64_t row, int64_t j, A input, A forget, A candidate) {
+                const int64_t i = row * C + j;
+                const A before = a.c[i], context = forget * before + input * candidate;
+                const A of_h = or_zero(a.grad_new_h, i) + (a.carried ? at.from_h[i] : A(0));
+                const A of_c = or_zero(a.grad_new_c, i) + (a.carried ? at.from_c[i] : A(0));
+                const A grad = of_c + of_h * activation_slope(d.activation, context);
+                dsu_gate_gradients(d, row, j, grad, before, input, forget, candidate, at.grad_gates);
+                a.grad_c[i] = grad * forget;
+            });
+        });
+        phases.run(kHidden, [&] { dsu_hidden_gradients(d, rows, at.grad_gates, at.hidden, at.grad_hidden, shared); });
+        phases.run(kInput, [&] {
+            dsu_input_gradients<true>(d, rows, at.grad_hidden, [&](int64_t row, int64_t j, A of_y, A of_h) {
+                a.grad_y[row * C + j] = of_y + or_zero(a.grad_of_y, row * C + j);
+                a.grad_h[row * C + j] = of_h;
+            });
         });
     });
-    phases.run(kReduceSecond,
-               [&] { dsu_reduce(d, rows, a.carried, static_cast<const A*>(at.new_h), 1, at.hidden + second_hidden); });
-    phases.run(kGateSecond, [&] {
-        dsu_expand(d, rows, at.hidden + second_hidden, [&](int64_t row, int64_t j, A input, A forget, A candidate) {
-            const int64_t i = row * C + j;
-            const A before = at.new_c[i], context = forget * before + input * candidate;
-            A grad = or_zero(a.grad_gate, i);
-            if (!a.of_context) grad *= activation_slope(d.activation, context);
-            dsu_gate_gradients(d, row, j, grad, before, input, forget, candidate, at.grad_gates + second_gates);
-            at.from_c[i] = grad * forget;
-        });
-    });
-    phases.run(kHiddenSecond, [&] {
-        dsu_hidden_gradients(d, rows, at.grad_gates + second_gates, at.hidden + second_hidden,
-                             at.grad_hidden + second_hidden, shared);
-    });
-    phases.run(kInputSecond, [&] {
-        dsu_input_gradients<true>(d, rows, at.grad_hidden + second_hidden,
-                                  [&](int64_t row, int64_t j, A of_carried, A of_h) {
-                                      a.grad_carried[row * C + j] = of_carried;
-                                      at.from_h[row * C + j] = of_h;
-                                  });
-    });
-    phases.run(kGate, [&] {
-        dsu_expand(d, rows, at.hidden, [&](int64_t row, int64_t j, A input, A forget, A candidate) {
-            const int64_t i = row * C + j;
-            const A before = a.c[i], context = forget * before + input * candidate;
-            const A of_h = or_zero(a.grad_new_h, i) + (a.carried ? at.from_h[i] : A(0));
-            const A of_c = or_zero(a.grad_new_c, i) + (a.carried ? at.from_c[i] : A(0));
-            const A grad = of_c + of_h * activation_slope(d.activation, context);
-            dsu_gate_gradients(d, row, j, grad, before, input, forget, candidate, at.grad_gates);
-            a.grad_c[i] = grad * forget;
-        });
-    });
-    phases.run(kHidden, [&] { dsu_hidden_gradients(d, rows, at.grad_gates, at.hidden, at.grad_hidden, shared); });
-    phases.run(kInput, [&] {
-        dsu_input_gradients<true>(d, rows, at.grad_hidden, [&](int64_t row, int64_t j, A of_y, A of_h) {
-            a.grad_y[row * C + j] = of_y + or_zero(a.grad_of_y, row * C + j);
-            a.grad_h[row * C + j] = of_h;
-        });
-    });
-}
-
-template <class A>
-__global__ void __launch_bounds__(kProductThreads) weights(const DsuProducts<A> all) {
-    dsu_product_tile(all, blockIdx.x, shared_memory<A>());
+    phases.run_pieces(kWeights, both.products.tiles(),
+                      [&](int64_t tile) { dsu_product_tile(both.products, tile, shared); });
 }
 
 }  // namespace
 
-template <class T>
-void gap_pool(const Pool<T>& a, cudaStream_t stream) {
-    on_walk<T>(a.channels_last, a.shape, {a.x}, [&](auto* type) {
-        using W = std::remove_pointer_t<decltype(type)>;
-        const WalkPlan plan = W::plan(a.shape);
-        launch(pool<W, T>, plan.grid(), WalkPlan::kThreads, W::kShared * sizeof(Acc<T>), stream, a, plan);
+// Whether GAP is a launch of its own. Warps keep the chip busy where tiles are many, and are done soon where these are
+// small.
+bool pools_apart(const Shape& s, const WalkPlan& plan) {
+    constexpr int64_t kMany = 1024, kSmall = 256;
+    return s.HW() > kSmall && s.B * plan.tiles < kMany;
+}
+
+template <class A>
+int64_t gap_dsu_forward_scratch(GapDsuForward<A>& a) {
+    Pool& p = a.pool;
+    if (!p.x) return 0;
+    on_map<A>(p, [&](auto*, auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const auto map = p.map<T>();
+        p.vectors = p.channels_last ? in_vectors<kRowVector<T>>(map, p.shape.C)
+                                    : in_vectors<kPlaneVector<T>>(map, p.shape.HW());
     });
+    int64_t runs = 1;
+    on_map<A>(p, [&](auto* walk, auto*) {
+        const WalkPlan plan = std::remove_pointer_t<decltype(walk)>::plan(p.shape);
+        if (pools_apart(p.shape, plan)) runs = plan.runs;
+    });
+    return runs > 1 ? a.B * runs * a.dsu.C : 0;
 }
 
 template <class A>
 void gap_dsu_forward(const GapDsuForward<A>& a, cudaStream_t stream) {
-    launch_phases<A>(forward<A>, a, a.B, DsuPhases{a.carried ? 15u : 3u}, a.dsu.size(), 0, stream);
+    const Shape& s = a.pool.shape;
+    unsigned phases = 1u << kReduceState | 1u << kExpandState;
+    if (a.carried) phases |= 1u << kReduceGate | 1u << kExpandGate;
+    if (a.pool.x) {
+        on_map<A>(a.pool, [&](auto* walk, auto* type) {
+            using W = std::remove_pointer_t<decltype(walk)>;
+            using T = std::remove_pointer_t<decltype(type)>;
+            const WalkPlan plan = W::plan(s);
+            if (!pools_apart(s, plan)) {
+                phases |= 1u << kPool;
+                return;
+            }
+            launch(pool<W, T>, plan.grid(), WalkPlan::kThreads, W::kShared * sizeof(A), stream, a.pool, a.pooled,
+                   a.parts, plan);
+            if (plan.runs == 1) return;
+            launch_join(join_means<A>, s.B, s.C, stream, static_cast<const A*>(a.parts), plan.runs, s.B, s.C, A(s.HW()),
+                        a.pooled);
+        });
+    }
+    const int64_t of_row = phases & 1u << kPool ? s.C * s.HW() : 0;
+    launch_phases<A>(forward<A>, a, {a.B, a.dsu.size(), of_row, 0, 0}, DsuPhases{phases}, 0, stream);
 }
 
 template <class A>
@@ -177,18 +299,14 @@ int64_t gap_dsu_scratch(const GapDsuBackward<A>& a) {
 template <class A>
 void gap_dsu_backward(const GapDsuBackward<A>& a, cudaStream_t stream) {
     const Scratch<A> at(a);
-    launch_phases<A>(backward<A>, Backward<A>{a, at}, a.B, a.carried ? kTwoSteps : kOneStep, a.dsu.size(),
-                     kDsuShared<A> * sizeof(A), stream);
     const DsuProducts<A> products(a.dsu, a.carried ? 2 * a.B : a.B, a.B, 1, at.grad_gates, at.hidden, at.grad_hidden,
                                   a.y, a.carried, a.h, at.new_h, a.grad_weights);
-    launch(weights<A>, dim3(static_cast<unsigned>(products.tiles())), kProductThreads, kProductShared * sizeof(A),
-           stream, products);
+    launch_phases<A>(backward<A>, Backward<A>{a, at, products}, {a.B, a.dsu.size(), 0, products.tiles(), kWeights},
+                     a.carried ? kTwoSteps : kOneStep, std::max(kDsuShared<A>, kProductShared) * sizeof(A), stream);
 }
 
-template void gap_pool(const Pool<float>&, cudaStream_t);
-template void gap_pool(const Pool<double>&, cudaStream_t);
-template void gap_pool(const Pool<__half>&, cudaStream_t);
-template void gap_pool(const Pool<__nv_bfloat16>&, cudaStream_t);
+template int64_t gap_dsu_forward_scratch(GapDsuForward<float>&);
+template int64_t gap_dsu_forward_scratch(GapDsuForward<double>&);
 template void gap_dsu_forward(const GapDsuForward<float>&, cudaStream_t);
 template void gap_dsu_forward(const GapDsuForward<double>&, cudaStream_t);
 template int64_t gap_dsu_scratch(const GapDsuBackward<float>&);

@@ -5,18 +5,29 @@
 
 namespace dla {
 
-template <class T>
+enum class MapType { float32, float64, float16, bfloat16 };
+
+// A map of which GAP is taken, of any type.
 struct Pool {
     Shape shape;
-    Map<const T> x;
+    MapType type;
+    const void* x = nullptr;
+    int64_t batch, channel, pixel;  // strides
     bool channels_last;
-    Acc<T>* y;  // [B, C]
+    bool vectors;  // whether it can be read in vectors
+
+    template <class T>
+    DLA_HOST_DEVICE Map<const T> map() const {
+        return {static_cast<const T*>(x), batch, channel, pixel};
+    }
 };
 
 template <class A>
 struct GapDsuForward {
     Dsu<A> dsu;
     int64_t B;
+    Pool pool;                     // of which y is taken, unless it is given
+    A *pooled, *parts;             // [B, C], y where it is not given; scratch, gap_dsu_forward_scratch() values
     const A *y, *h, *c, *carried;  // [B, C]
     bool of_context;
     A *new_h, *new_c, *gate;  // [B, C]
@@ -35,8 +46,9 @@ struct GapDsuBackward {
     A* scratch;  // gap_dsu_scratch() values
 };
 
-template <class T>
-void gap_pool(const Pool<T>&, cudaStream_t);
+// Sets pool.vectors, too.
+template <class A>
+int64_t gap_dsu_forward_scratch(GapDsuForward<A>&);
 template <class A>
 void gap_dsu_forward(const GapDsuForward<A>&, cudaStream_t);
 template <class A>

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "common/cuda/parts.cuh"
 #include "layer_attention/backward.cuh"
 #include "layer_attention/cuda.h"
 #include "layer_attention/forward.cuh"
@@ -83,8 +84,9 @@ void launch(const Forward<T>& a, const Plan& p, bool channels_last, CUstream_st*
                     forward_shared(a, channels_of<T>(p, channels_last)), stream, a, p);
     });
     if (a.after || a.x || p.runs == 1) return;
-    const dim3 grid(blocks_of(ceil_div(s.B * s.C, kMaxThreads)));
-    dla::launch(merge_parts<T>, grid, kMaxThreads, 0, stream, a, p.runs);
+    using A = Acc<T>;
+    launch_join(join_moments<A>, s.B, s.C, stream, reinterpret_cast<const Moments<A>*>(a.parts), p.runs, s.B, s.C,
+                a.mean, a.var);
 }
 
 template <class T>

@@ -131,16 +131,4 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
     if (!kFolded && !a.after) finish_moments(a, plan, p, found, shared_memory<Moments<A>>());
 }
 
-// Merges the parts of a map, in order.
-template <class T>
-__global__ void __launch_bounds__(kMaxThreads) merge_parts(const __grid_constant__ Forward<T> a, int64_t runs) {
-    const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, C = a.shape.C;
-    if (i >= a.shape.B * C) return;
-    const auto* from = reinterpret_cast<const Moments<Acc<T>>*>(a.parts) + i / C * runs * C + i % C;
-    Moments<Acc<T>> all = from[0];
-    for (int64_t k = 1; k < runs; ++k) all.merge(from[k * C]);
-    a.mean[i] = all.mean;
-    a.var[i] = all.var();
-}
-
 }  // namespace dla::layer_attention

@@ -95,24 +95,27 @@ __global__ void __launch_bounds__(kMaxThreads) add_samples(const __grid_constant
     using A = Acc<T>;
     constexpr int kSlices = kMaxThreads / kSumColumns;
     const int64_t C = a.shape.C, i = int64_t(blockIdx.x) * kSumColumns + threadIdx.x % kSumColumns;
+    // Of the carry's parts that are not there the rows hold nothing.
+    const int64_t taps = a.vectors.taps, ends[] = {9 * C, 18 * C, 19 * C, 19 * C + taps, 19 * C + 2 * taps};
+    A* const outputs[] = {a.grad_value_weight, a.grad_carry_weight, a.grad_carry_scale, a.grad_query_weight,
+                          a.grad_key_weight};
+    A* to = nullptr;
+    int64_t begin = 0;
+#pragma unroll
+    for (int k = 0; k < 5; ++k) {
+        if (i >= begin && i < ends[k] && outputs[k]) to = outputs[k] + (i - begin);
+        begin = ends[k];
+    }
     A* const shared = shared_memory<A>();
     A sum = 0;
-    for (int64_t b = threadIdx.x / kSumColumns; i < a.summed() && b < a.shape.B; b += kSlices) {
+    for (int64_t b = threadIdx.x / kSumColumns; to && b < a.shape.B; b += kSlices) {
         sum += a.rows[b * a.row_length() + i];
     }
     shared[threadIdx.x] = sum;
     __syncthreads();
-    if (threadIdx.x >= kSumColumns || i >= a.summed()) return;
+    if (threadIdx.x >= kSumColumns || !to) return;
     for (int slice = 1; slice < kSlices; ++slice) sum += shared[slice * kSumColumns + threadIdx.x];
-    const int64_t taps = a.vectors.taps, ends[] = {9 * C, 18 * C, 19 * C, 19 * C + taps, 19 * C + 2 * taps};
-    A* const outputs[] = {a.grad_value_weight, a.grad_carry_weight, a.grad_carry_scale, a.grad_query_weight,
-                          a.grad_key_weight};
-    int64_t begin = 0;
-#pragma unroll
-    for (int k = 0; k < 5; ++k) {
-        if (i >= begin && i < ends[k] && outputs[k]) outputs[k][i - begin] = sum;
-        begin = ends[k];
-    }
+    *to = sum;
 }
 
 }  // namespace dla::light_update

@@ -59,8 +59,11 @@ std::tuple<Tensor, Tensor> cuda_norm_moments(const Tensor& o_) {
     on_cuda_dtype(o, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
-        norm_moments<T>({s, map_of<const T>(o), is_channels_last(o), mutable_data_of<A>(mean), mutable_data_of<A>(var)},
-                        on.stream());
+        NormMoments<T> args{
+            s, map_of<const T>(o), is_channels_last(o), mutable_data_of<A>(mean), mutable_data_of<A>(var), nullptr};
+        const Tensor parts = new_tensor(mean, {norm_moments_scratch(args)});
+        args.parts = mutable_data_of<A>(parts);
+        norm_moments<T>(args, on.stream());
     });
     return {mean, var};
 }
@@ -81,11 +84,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_norm_forward(const Tensor& x_, c
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
         // Without samples there is nothing to walk, but given statistics are still the ones used.
-        norm_forward<T>(
-            {s, map_of<const T>(x), map_of<const T>(o), map_of<T>(out), is_channels_last(x), data_of<A>(mean),
-             data_of<A>(var), rows, data_of<A>(weight), data_of<A>(bias), data_of<A>(keep), mutable_data_of<A>(y),
-             mutable_data_of<A>(used_mean), mutable_data_of<A>(used_var), A(eps), static_cast<Relu>(relu)},
-            on.stream());
+        NormForward<T> args{s,
+                            map_of<const T>(x),
+                            map_of<const T>(o),
+                            map_of<T>(out),
+                            is_channels_last(x),
+                            data_of<A>(mean),
+                            data_of<A>(var),
+                            rows,
+                            data_of<A>(weight),
+                            data_of<A>(bias),
+                            data_of<A>(keep),
+                            mutable_data_of<A>(y),
+                            nullptr,
+                            mutable_data_of<A>(used_mean),
+                            mutable_data_of<A>(used_var),
+                            A(eps),
+                            static_cast<Relu>(relu)};
+        const Tensor parts = new_tensor(weight, {norm_forward_scratch(args)});
+        args.parts = mutable_data_of<A>(parts);
+        norm_forward<T>(args, on.stream());
     });
     return {out, y, used_mean, used_var};
 }

@@ -1,5 +1,6 @@
 // norm_residual on the GPU. Every kernel reads and writes each map once; see common/cuda/walk.cuh for how.
 #include "common/cuda/launch.cuh"
+#include "common/cuda/parts.cuh"
 #include "common/cuda/walk.cuh"
 #include "norm_residual/cuda.h"
 
@@ -62,7 +63,11 @@ __global__ void __launch_bounds__(kThreads) moments(const NormMoments<T> a, cons
             }
             __syncthreads();
         }
-        if (writes && walk.inside()) {
+        if (writes && walk.inside() && plan.runs > 1) {
+            auto* to = reinterpret_cast<Moments<A>*>(a.parts) + (b * plan.runs + walk.run) * a.shape.C + walk.c;
+#pragma unroll
+            for (int i = 0; i < W::kChannels; ++i) to[i] = merged[i];
+        } else if (writes && walk.inside()) {
 #pragma unroll
             for (int i = 0; i < W::kChannels; ++i) {
                 a.mean[b * a.shape.C + walk.c + i] = merged[i].mean;
@@ -120,7 +125,7 @@ __global__ void __launch_bounds__(kThreads) forward(const NormForward<T> a, cons
 #pragma unroll
     for (int i = 0; i < W::kChannels; ++i) {
         const int64_t c = walk.c + i;
-        if (walk.group == 0 && threadIdx.x < W::kLanes && walk.inside()) {
+        if (walk.part() == 0 && threadIdx.x < W::kLanes && walk.inside()) {
             a.used_mean[c] = mean[i];
             a.used_var[c] = scale[i];
         }
@@ -153,10 +158,10 @@ __global__ void __launch_bounds__(kThreads) forward(const NormForward<T> a, cons
         });
         walk.team_sums(total, shared);
         if (walk.walker == 0 && walk.inside()) {
+            A* to = plan.runs > 1 ? a.parts + (b * plan.runs + walk.run) * a.shape.C : a.y + b * a.shape.C;
+            const A pixels = plan.runs > 1 ? A(1) : A(a.shape.HW());
 #pragma unroll
-            for (int i = 0; i < W::kChannels; ++i) {
-                a.y[b * a.shape.C + walk.c + i] = total[i] / A(a.shape.HW());
-            }
+            for (int i = 0; i < W::kChannels; ++i) to[walk.c + i] = total[i] / pixels;
         }
     });
 }
@@ -243,16 +248,16 @@ __device__ __forceinline__ Gradient<W> gradient(const NormGradient<T>& a, const 
     return g;
 }
 
-// Where a block leaves its sums when there are several: [groups, C] twice, then [B, tiles] of keep's.
+// Where a block leaves its sums when there are several: [parts, C] twice, then [B, tiles, runs] of keep's.
 template <class A>
 struct Partials {
     A *weight, *bias, *keep;
 
     Partials(A* scratch, const Shape& s, const WalkPlan& plan)
-        : weight(scratch), bias(weight + plan.groups * s.C), keep(bias + plan.groups * s.C) {}
+        : weight(scratch), bias(weight + plan.parts() * s.C), keep(bias + plan.parts() * s.C) {}
 
     static int64_t size(const Shape& s, const WalkPlan& plan, bool keep) {
-        return 2 * plan.groups * s.C + (keep ? s.B * plan.tiles : 0);
+        return 2 * plan.parts() * s.C + (keep ? s.B * plan.tiles * plan.runs : 0);
     }
 };
 
@@ -280,7 +285,7 @@ __global__ void __launch_bounds__(kThreads) sums(const NormSums<T> a, const Walk
         });
         if (a.grad_keep) {
             of_keep = plan.team > kWarp ? block_sum(of_keep, shared) : warp_sum(of_keep);
-            if (threadIdx.x % plan.team == 0) to.keep[b * plan.tiles + walk.tile] = of_keep;
+            if (threadIdx.x % plan.team == 0) to.keep[(b * plan.tiles + walk.tile) * plan.runs + walk.run] = of_keep;
         }
     });
     W::block_sums(of_bias, shared);
@@ -288,14 +293,14 @@ __global__ void __launch_bounds__(kThreads) sums(const NormSums<T> a, const Walk
     if (threadIdx.x < W::kLanes && walk.inside()) {
 #pragma unroll
         for (int i = 0; i < W::kChannels; ++i) {
-            const int64_t at = walk.group * a.shape.C + walk.c + i;
+            const int64_t at = walk.part() * a.shape.C + walk.c + i;
             to.bias[at] = of_bias[i];
             to.weight[at] = of_weight[i] * inverse_std(a, walk.c + i);
         }
     }
 }
 
-// Adds up what the blocks left: 32 channels a block, the warps taking turns with the groups; then a sample a warp.
+// Adds up what the blocks left: 32 channels a block, the warps taking turns with the parts; then a sample a warp.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     finish(const NormSums<T> a, const WalkPlan plan, const Partials<Acc<T>> from) {
@@ -307,7 +312,8 @@ __global__ void __launch_bounds__(kThreads)
         const int64_t b = (blockIdx.x - of_channels) * kWarps + warp;
         if (b >= a.shape.B) return;
         A total = 0;
-        for (int64_t tile = lane; tile < plan.tiles; tile += kWarp) total += from.keep[b * plan.tiles + tile];
+        const int64_t count = plan.tiles * plan.runs;
+        for (int64_t k = lane; k < count; k += kWarp) total += from.keep[b * count + k];
         total = warp_sum(total);
         if (lane == 0) a.grad_keep[b] = total;
         return;
@@ -315,7 +321,7 @@ __global__ void __launch_bounds__(kThreads)
     A* shared = shared_memory<A>();
     const int64_t c = int64_t(blockIdx.x) * kWarp + lane;
     A weight = 0, bias = 0;
-    for (int64_t g = warp; c < C && g < plan.groups; g += kWarps) {
+    for (int64_t g = warp; c < C && g < plan.parts(); g += kWarps) {
         weight += from.weight[g * C + c];
         bias += from.bias[g * C + c];
     }
@@ -383,48 +389,73 @@ __global__ void __launch_bounds__(kThreads) running_stats(const RunningStats<T, 
 
 }  // namespace
 
-template <class T>
-void norm_moments(const NormMoments<T>& a, cudaStream_t stream) {
-    on_walk<T>(a.channels_last, a.shape, {a.o}, [&](auto* type) {
-        using W = std::remove_pointer_t<decltype(type)>;
-        const WalkPlan plan = W::plan(a.shape);
-        launch(moments<W, T>, plan.grid(), kThreads, W::kShared * sizeof(Moments<Acc<T>>), stream, a, plan);
-    });
-}
-
-template <class T>
-void norm_forward(const NormForward<T>& a, cudaStream_t stream) {
-    on_walk<T>(a.channels_last, a.shape, {a.x, a.o, to_const(a.out)}, [&](auto* type) {
-        using W = std::remove_pointer_t<decltype(type)>;
-        const WalkPlan plan = W::plan(a.shape);
-        launch(forward<W, T>, plan.grid(), kThreads, W::kShared * sizeof(Acc<T>), stream, a, plan);
-    });
-}
-
-// Calls body with the Walk and the plan of norm_sums.
-template <class T, class Body>
-void on_sums_walk(const NormSums<T>& a, const Body& body) {
-    on_walk<T>(a.channels_last, a.shape, {a.grad_out, a.o, a.out}, [&](auto* type) {
+// Calls body with the Walk of these maps and its plan.
+template <class Args, class T, class Body>
+void on_plan(const Args& a, std::initializer_list<Map<const T>> maps, const Body& body) {
+    on_walk<T>(a.channels_last, a.shape, maps, [&](auto* type) {
         using W = std::remove_pointer_t<decltype(type)>;
         body(type, W::plan(a.shape));
     });
 }
 
 template <class T>
+int64_t norm_moments_scratch(const NormMoments<T>& a) {
+    int64_t runs = 1;
+    on_plan<NormMoments<T>, T>(a, {a.o}, [&](auto*, const WalkPlan& plan) { runs = plan.runs; });
+    return runs > 1 ? 3 * a.shape.B * runs * a.shape.C : 0;
+}
+
+template <class T>
+void norm_moments(const NormMoments<T>& a, cudaStream_t stream) {
+    using A = Acc<T>;
+    on_plan<NormMoments<T>, T>(a, {a.o}, [&](auto* type, const WalkPlan& plan) {
+        using W = std::remove_pointer_t<decltype(type)>;
+        launch(moments<W, T>, plan.grid(), kThreads, W::kShared * sizeof(Moments<A>), stream, a, plan);
+        if (plan.runs == 1) return;
+        launch_join(join_moments<A>, a.shape.B, a.shape.C, stream, reinterpret_cast<const Moments<A>*>(a.parts),
+                    plan.runs, a.shape.B, a.shape.C, a.mean, a.var);
+    });
+}
+
+template <class T>
+int64_t norm_forward_scratch(const NormForward<T>& a) {
+    int64_t runs = 1;
+    on_plan<NormForward<T>, T>(a, {a.x, a.o, to_const(a.out)}, [&](auto*, const WalkPlan& plan) { runs = plan.runs; });
+    return runs > 1 ? a.shape.B * runs * a.shape.C : 0;
+}
+
+template <class T>
+void norm_forward(const NormForward<T>& a, cudaStream_t stream) {
+    using A = Acc<T>;
+    on_plan<NormForward<T>, T>(a, {a.x, a.o, to_const(a.out)}, [&](auto* type, const WalkPlan& plan) {
+        using W = std::remove_pointer_t<decltype(type)>;
+        launch(forward<W, T>, plan.grid(), kThreads, W::kShared * sizeof(A), stream, a, plan);
+        if (plan.runs == 1 || a.shape.B == 0) return;
+        launch_join(join_means<A>, a.shape.B, a.shape.C, stream, static_cast<const A*>(a.parts), plan.runs, a.shape.B,
+                    a.shape.C, A(a.shape.HW()), a.y);
+    });
+}
+
+template <class T, class Body>
+void on_sums_plan(const NormSums<T>& a, const Body& body) {
+    on_plan<NormSums<T>, T>(a, {a.grad_out, a.o, a.out}, body);
+}
+
+template <class T>
 int64_t norm_sums_scratch(const NormSums<T>& a) {
     int64_t size = 0;
-    on_sums_walk(
+    on_sums_plan(
         a, [&](auto*, const WalkPlan& plan) { size = Partials<Acc<T>>::size(a.shape, plan, a.grad_keep != nullptr); });
     return size;
 }
 
 template <class T>
 void norm_sums(const NormSums<T>& a, cudaStream_t stream) {
-    on_sums_walk(a, [&](auto* type, const WalkPlan& plan) {
+    on_sums_plan(a, [&](auto* type, const WalkPlan& plan) {
         using W = std::remove_pointer_t<decltype(type)>;
         Partials<Acc<T>> partials(a.scratch, a.shape, plan);
-        // A single group's sums are the result.
-        const bool done = plan.groups == 1 && !a.grad_keep;
+        // A single part's sums are the result.
+        const bool done = plan.parts() == 1 && !a.grad_keep;
         if (done) {
             partials.weight = a.grad_weight;
             partials.bias = a.grad_bias;
@@ -453,6 +484,8 @@ void update_running_stats(const RunningStats<T, A>& a, cudaStream_t stream) {
 }
 
 #define DLA_INSTANTIATE(T)                                                           \
+    template int64_t norm_moments_scratch(const NormMoments<T>&);                    \
+    template int64_t norm_forward_scratch(const NormForward<T>&);                    \
     template void norm_moments(const NormMoments<T>&, cudaStream_t);                 \
     template void norm_forward(const NormForward<T>&, cudaStream_t);                 \
     template int64_t norm_sums_scratch(const NormSums<T>&);                          \

@@ -17,6 +17,7 @@ struct NormMoments {
     Map<const T> o;
     bool channels_last;
     Acc<T>*mean, *var;  // [B, C]
+    Acc<T>* parts;      // scratch, norm_moments_scratch() values
 };
 
 template <class T>
@@ -30,6 +31,7 @@ struct NormForward {
     const Acc<T>*weight, *bias;
     const Acc<T>* keep;  // [B]
     Acc<T>* y;           // [B, C]
+    Acc<T>* parts;       // scratch, norm_forward_scratch() values
     Acc<T>*used_mean, *used_var;
     Acc<T> eps;
     Relu relu;
@@ -74,7 +76,11 @@ struct RunningStats {
 };
 
 template <class T>
+int64_t norm_moments_scratch(const NormMoments<T>&);
+template <class T>
 void norm_moments(const NormMoments<T>&, cudaStream_t);
+template <class T>
+int64_t norm_forward_scratch(const NormForward<T>&);
 template <class T>
 void norm_forward(const NormForward<T>&, cudaStream_t);
 template <class T>

@@ -15,7 +15,8 @@ __device__ void gate_features(const RefreshGates<A>& a, const DsuRows& rows, A* 
 }
 
 template <class A>
-__global__ void __launch_bounds__(kDsuThreads<A>, 1) forward(const RefreshGatesForward<A> a, const DsuPhases phases) {
+__global__ void __launch_bounds__(kDsuThreads<A>, 1)
+    forward(const __grid_constant__ RefreshGatesForward<A> a, const DsuPhases phases) {
     const Dsu<A>& d = a.dsu;
     const DsuRows rows(a.M());
     phases.run(0, [&] { gate_features(a, rows, a.product); });
@@ -49,55 +50,22 @@ template <class A>
 struct Backward {
     RefreshGatesBackward<A> args;
     Scratch<A> at;
+    DsuProducts<A> products;
 };
 
+// The gradients of a sample's h and c, sums over its T rows; `shared` holds R values.
 template <class A>
-__global__ void __launch_bounds__(kDsuThreads<A>, 1) backward(const Backward<A> both, const DsuPhases phases) {
-    const RefreshGatesBackward<A>& a = both.args;
-    const Scratch<A>& at = both.at;
+__device__ void state_gradients(const RefreshGatesBackward<A>& a, const Scratch<A>& at, int64_t b, A* shared) {
     const Dsu<A>& d = a.dsu;
-    const DsuRows rows(a.M());
-    phases.run(0, [&] { gate_features(a, rows, at.product); });
-    phases.run(1, [&] { dsu_reduce(d, rows, static_cast<const A*>(at.product), a.h, a.T, at.hidden); });
-    phases.run(2, [&] {
-        dsu_expand(d, rows, at.hidden, [&](int64_t row, int64_t j, A input, A forget, A candidate) {
-            const int64_t i = row * d.C + j;
-            const A before = a.c[row / a.T * d.C + j], context = forget * before + input * candidate;
-            A grad = a.grad[i] * a.gates[i];
-            a.grad_gates[i] = a.grad[i] * (a.of_context ? context : activate(d.activation, context));
-            if (!a.of_context) grad *= activation_slope(d.activation, context);
-            dsu_gate_gradients(d, row, j, grad, before, input, forget, candidate, at.grad_gates);
-            at.grad_c[i] = grad * forget;
-        });
-    });
-    phases.run(3, [&] { dsu_hidden_gradients(d, rows, at.grad_gates, at.hidden, at.grad_hidden, shared_memory<A>()); });
-    phases.run(4, [&] {
-        dsu_input_gradients<false>(d, rows, at.grad_hidden, [&](int64_t row, int64_t j, A of_product, A) {
-            const int64_t i = row * d.C + j;
-            a.grad_features[i] = of_product * a.gates[i];
-            a.grad_gates[i] += of_product * a.features[i];
-        });
-    });
-}
-
-// Tiles of the weights' gradient; then, block by block, the gradients of a sample's h and c, sums over its T rows.
-template <class A>
-__global__ void __launch_bounds__(kProductThreads)
-    finish(const Backward<A> both, const DsuProducts<A> products, int64_t tiles) {
-    A* shared = shared_memory<A>();
-    if (blockIdx.x < tiles) return dsu_product_tile(products, blockIdx.x, shared);
-    const RefreshGatesBackward<A>& a = both.args;
-    const Scratch<A>& at = both.at;
-    const Dsu<A>& d = a.dsu;
-    const int64_t b = blockIdx.x - tiles, C = d.C, R = d.R, H = d.hidden(), own = d.joint ? 0 : R;
-    for (int64_t n = threadIdx.x; n < R; n += kProductThreads) {
+    const int64_t C = d.C, R = d.R, H = d.hidden(), own = d.joint ? 0 : R;
+    for (int64_t n = threadIdx.x; n < R; n += blockDim.x) {
         A total = 0;
         for (int64_t t = 0; t < a.T; ++t) total += at.grad_hidden[(b * a.T + t) * H + own + n];
         shared[n] = total;
     }
     __syncthreads();
     const DsuBranch h = d.h();
-    for (int64_t c = threadIdx.x; c < C; c += kProductThreads) {
+    for (int64_t c = threadIdx.x; c < C; c += blockDim.x) {
         A of_h = 0, of_c = 0;
 #pragma unroll 4
         for (int64_t n = 0; n < R; ++n) of_h += d.weights[h.reduce + n * h.pitch + c] * shared[n];
@@ -105,13 +73,53 @@ __global__ void __launch_bounds__(kProductThreads)
         a.grad_h[b * C + c] = of_h;
         a.grad_c[b * C + c] = of_c;
     }
+    __syncthreads();
+}
+
+// The last phase: tiles of the weights' gradient, then samples.
+constexpr int kFinish = 5;
+
+template <class A>
+__global__ void __launch_bounds__(kDsuThreads<A>, 1)
+    backward(const __grid_constant__ Backward<A> both, const DsuPhases phases) {
+    const RefreshGatesBackward<A>& a = both.args;
+    const Scratch<A>& at = both.at;
+    const Dsu<A>& d = a.dsu;
+    A* shared = shared_memory<A>();
+    DsuRows::each_group(a.M(), [&](const DsuRows& rows) {
+        phases.run(0, [&] { gate_features(a, rows, at.product); });
+        phases.run(1, [&] { dsu_reduce(d, rows, static_cast<const A*>(at.product), a.h, a.T, at.hidden); });
+        phases.run(2, [&] {
+            dsu_expand(d, rows, at.hidden, [&](int64_t row, int64_t j, A input, A forget, A candidate) {
+                const int64_t i = row * d.C + j;
+                const A before = a.c[row / a.T * d.C + j], context = forget * before + input * candidate;
+                A grad = a.grad[i] * a.gates[i];
+                a.grad_gates[i] = a.grad[i] * (a.of_context ? context : activate(d.activation, context));
+                if (!a.of_context) grad *= activation_slope(d.activation, context);
+                dsu_gate_gradients(d, row, j, grad, before, input, forget, candidate, at.grad_gates);
+                at.grad_c[i] = grad * forget;
+            });
+        });
+        phases.run(3, [&] { dsu_hidden_gradients(d, rows, at.grad_gates, at.hidden, at.grad_hidden, shared); });
+        phases.run(4, [&] {
+            dsu_input_gradients<false>(d, rows, at.grad_hidden, [&](int64_t row, int64_t j, A of_product, A) {
+                const int64_t i = row * d.C + j;
+                a.grad_features[i] = of_product * a.gates[i];
+                a.grad_gates[i] += of_product * a.features[i];
+            });
+        });
+    });
+    const int64_t tiles = both.products.tiles();
+    phases.run_pieces(kFinish, tiles + a.B, [&](int64_t i) {
+        i < tiles ? dsu_product_tile(both.products, i, shared) : state_gradients(a, at, i - tiles, shared);
+    });
 }
 
 }  // namespace
 
 template <class A>
 void refresh_gates_forward(const RefreshGatesForward<A>& a, cudaStream_t stream) {
-    launch_phases<A>(forward<A>, a, a.M(), DsuPhases{7}, a.dsu.size(), 0, stream);
+    launch_phases<A>(forward<A>, a, {a.M(), a.dsu.size(), 0, 0, 0}, DsuPhases{7}, 0, stream);
 }
 
 template <class A>
@@ -122,13 +130,11 @@ int64_t refresh_gates_scratch(const RefreshGatesBackward<A>& a) {
 template <class A>
 void refresh_gates_backward(const RefreshGatesBackward<A>& a, cudaStream_t stream) {
     const Scratch<A> at(a);
-    const Backward<A> both{a, at};
-    launch_phases<A>(backward<A>, both, a.M(), DsuPhases{31}, a.dsu.size(), kDsuShared<A> * sizeof(A), stream);
     const DsuProducts<A> products(a.dsu, a.M(), a.M(), a.T, at.grad_gates, at.hidden, at.grad_hidden, at.product,
                                   nullptr, a.h, nullptr, a.grad_weights);
-    const int64_t tiles = products.tiles(), shared = std::max<int64_t>(kProductShared, a.dsu.R);
-    launch(finish<A>, dim3(static_cast<unsigned>(tiles + a.B)), kProductThreads, shared * sizeof(A), stream, both,
-           products, tiles);
+    const int64_t shared = std::max<int64_t>({kDsuShared<A>, kProductShared, a.dsu.R}) * sizeof(A);
+    launch_phases<A>(backward<A>, Backward<A>{a, at, products},
+                     {a.M(), a.dsu.size(), 0, products.tiles() + a.B, kFinish}, DsuPhases{63}, shared, stream);
 }
 
 template void refresh_gates_forward(const RefreshGatesForward<float>&, cudaStream_t);

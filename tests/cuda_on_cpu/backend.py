@@ -44,11 +44,13 @@ def register(monkeypatch) -> None:
 
 
 class Order:
-    """Which block and which thread goes first: the first, or ``reverse()`` the last. Right kernels do not care."""
+    """Which block and which thread goes first: the first, or ``reverse()`` the last; and whether blocks may be launched
+    together, or ``alone()`` not. Right kernels do not care."""
 
     def __init__(self, library: Path) -> None:
-        self._reverse = ctypes.CDLL(str(library)).cuda_on_cpu_reverse
-        self._reverse.argtypes = [ctypes.c_bool]
+        loaded = ctypes.CDLL(str(library))
+        self._reverse, self._alone = loaded.cuda_on_cpu_reverse, loaded.cuda_on_cpu_no_cooperation
+        self._reverse.argtypes = self._alone.argtypes = [ctypes.c_bool]
 
     def __enter__(self) -> "Order":
         return self
@@ -56,5 +58,9 @@ class Order:
     def reverse(self, value: bool = True) -> None:
         self._reverse(value)
 
+    def alone(self, value: bool = True) -> None:
+        self._alone(value)
+
     def __exit__(self, *_) -> None:
         self._reverse(False)
+        self._alone(False)

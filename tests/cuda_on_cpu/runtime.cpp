@@ -1,4 +1,5 @@
-// Runs grids on the CPU: every CUDA thread is a fiber, and one host thread switches between them.
+// Runs grids on the CPU: every CUDA thread is a fiber, and one host thread switches between them. Blocks run one after
+// the other; those that were launched together each up to the next barrier of the grid, then in the same order on.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -107,12 +108,22 @@ struct Barrier {
     int64_t round = 0;
 };
 
-bool reversed = false;
+// A block that waits for the grid, while others run.
+struct Parked {
+    std::vector<Thread> threads;
+    unsigned alive;
+    std::vector<unsigned char> shared;
+};
+
+bool reversed = false, no_cooperation = false;
 std::mutex one_grid;
 std::unique_ptr<unsigned char[]> stacks;
+size_t stack_count = 0;
 std::vector<Thread> threads;
 std::vector<std::vector<std::unique_ptr<Meeting>>> meetings;  // by warp
 Barrier barrier;
+bool launched_together;
+int64_t grid_round;
 Context scheduler;
 Thread* running;
 unsigned alive;
@@ -157,21 +168,45 @@ void thread_entry() {
     give_way();
 }
 
-bool run_block() {
-    const unsigned n = alive = unsigned(threads.size());
-    ASAN_UNPOISON_MEMORY_REGION(stacks.get(), n * kStack);
-    barrier = {};
-    for (auto& of_warp : meetings) of_warp.clear();
+// Puts the block's threads at their beginning; its stacks are those from `stack` on.
+void start_block(unsigned n, unsigned char* stack) {
+    ASAN_UNPOISON_MEMORY_REGION(stack, n * kStack);
+    threads.resize(n);
+    alive = n;
     for (unsigned i = 0; i < n; ++i) {
         threads[i] = {};
         threads[i].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
-        threads[i].context.start(stacks.get() + i * kStack, thread_entry);
+        threads[i].context.start(stack + i * kStack, thread_entry);
     }
-    running = &threads[reversed ? n - 1 : 0];
-    threadIdx = running->index;
-    scheduler.switch_to(running->context);
-    if (alive) {
-        failure = "threads wait for a barrier that others never reach";
+}
+
+// Runs the block until all its threads have ended or wait for the grid; whether that is so.
+bool run_block() {
+    barrier = {};
+    for (auto& of_warp : meetings) of_warp.clear();
+    const int64_t n = int64_t(threads.size());
+    for (int64_t k = 0; k < n; ++k) {
+        running = &threads[reversed ? n - 1 - k : k];
+        if (!running->runnable()) continue;
+        running->waits_for = nullptr;
+        threadIdx = running->index;
+        scheduler.switch_to(running->context);
+        break;
+    }
+    for (const Thread& thread : threads) {
+        if (thread.done || (thread.waits_for == &grid_round && launched_together)) continue;
+        failure = thread.waits_for == &grid_round ? "a barrier of a grid that was not launched together"
+                                                  : "threads wait for a barrier that others never reach";
+        return false;
+    }
+    return true;
+}
+
+// Whether the block kept to its shared memory.
+bool fence_holds(size_t used, size_t fenced) {
+    for (size_t at = used; at < fenced; ++at) {
+        if (dla::dla_shared[at] == kPoison) continue;
+        failure = "a thread wrote beyond the block's shared memory";
         return false;
     }
     return true;
@@ -185,6 +220,8 @@ void wait_for_block() {
     release_if_complete();
     if (barrier.round == round) pause(barrier.round);
 }
+
+void wait_for_grid() { pause(grid_round); }
 
 const Exchange& exchange(unsigned mask, const void* value, size_t size) {
     const unsigned lane = cuda_on_cpu::lane();
@@ -226,25 +263,49 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& t
     if (!n || n > kMaxThreads) return invalid("a block of an impossible size");
     if (block.x % kLanes || block.y != 1 || block.z != 1) return invalid("blocks here are whole warps in x");
     if (config.dynamicSmemBytes > kShared) return invalid("too much shared memory");
-    if (!stacks) stacks.reset(new unsigned char[kMaxThreads * kStack]);
-    threads.resize(n);
+    const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+    launched_together = config.numAttrs > 0 && config.attrs[0].val.cooperative;
+    if (launched_together && (no_cooperation || blocks > kMultiprocessors)) {
+        return invalid("more blocks than run together");
+    }
+    const size_t needed = n * (launched_together ? blocks : 1);
+    if (stack_count < needed) {
+        stacks.reset(new unsigned char[needed * kStack]);
+        stack_count = needed;
+    }
     meetings.resize((n + kLanes - 1) / kLanes);
     body = &thread;
     gridDim = grid;
     blockDim = block;
     const size_t used = config.dynamicSmemBytes, fenced = std::min(used + kFence, kShared);
-    const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
-    for (uint64_t k = 0; k < blocks; ++k) {
-        const uint64_t i = reversed ? blocks - 1 - k : k;
-        blockIdx = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)};
-        memset(dla::dla_shared, kPoison, fenced);
-        ASAN_POISON_MEMORY_REGION(dla::dla_shared + used, kShared - used);
-        const bool done = run_block();
-        ASAN_UNPOISON_MEMORY_REGION(dla::dla_shared, kShared);
-        if (!done) return cudaErrorLaunchFailure;
-        for (size_t at = used; at < fenced; ++at) {
-            if (dla::dla_shared[at] == kPoison) continue;
-            failure = "a thread wrote beyond the block's shared memory";
+    std::vector<Parked> parked(launched_together ? blocks : 0);
+    uint64_t left = blocks;
+    for (grid_round = 0; left; ++grid_round) {
+        for (uint64_t k = 0; k < blocks; ++k) {
+            const uint64_t i = reversed ? blocks - 1 - k : k;
+            blockIdx = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)};
+            memset(dla::dla_shared, kPoison, fenced);
+            if (grid_round == 0) {
+                start_block(unsigned(n), stacks.get() + (launched_together ? i * n * kStack : 0));
+            } else if (parked[i].alive) {
+                std::swap(threads, parked[i].threads);
+                alive = parked[i].alive;
+                std::copy(parked[i].shared.begin(), parked[i].shared.end(), dla::dla_shared);
+            } else {
+                continue;
+            }
+            ASAN_POISON_MEMORY_REGION(dla::dla_shared + used, kShared - used);
+            const bool done = run_block();
+            ASAN_UNPOISON_MEMORY_REGION(dla::dla_shared, kShared);
+            if (!done || !fence_holds(used, fenced)) return cudaErrorLaunchFailure;
+            if (!alive) --left;
+            if (!launched_together) continue;
+            std::swap(threads, parked[i].threads);
+            parked[i].alive = alive;
+            parked[i].shared.assign(dla::dla_shared, dla::dla_shared + used);
+        }
+        if (left && left < blocks) {
+            failure = "a block has ended for which others wait";
             return cudaErrorLaunchFailure;
         }
     }
@@ -255,7 +316,17 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& t
 
 const char* cudaGetErrorString(cudaError_t) { return cuda_on_cpu::failure; }
 
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_on_cpu::kMultiprocessors : !cuda_on_cpu::no_cooperation;
+    return cudaSuccess;
+}
+
 // Lets the last block and the last thread go first.
 extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_reverse(bool value) {
     cuda_on_cpu::reversed = value;
+}
+
+// Offers no launch of blocks that run together.
+extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_no_cooperation(bool value) {
+    cuda_on_cpu::no_cooperation = value;
 }

@@ -195,7 +195,7 @@ def test_under_autocast_maps_keep_its_dtype(variant):
     """Also after a network that gives float32; the eager layers turn all maps into float32."""
     stage = build(variant).float().eval().stages[0]
     x = torch.randn(3, 16, 8, 8)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         expected, got = stage(x), dla.fuse(stage)(x)
     assert got.dtype == torch.bfloat16
     assert_close(got, expected, 0.05)

@@ -253,7 +253,7 @@ def test_channels_last_and_autocast(interaction):
     inserted.layer3.register_forward_hook(lambda m, args, out: seen.append(out))
     assert_close(inserted(x.contiguous(memory_format=torch.channels_last)), expected, 1e-5)
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         got, expected = inserted(x), model(x)
     assert seen[1].dtype == torch.bfloat16
     assert_close(got, expected, 0.02)

@@ -145,7 +145,7 @@ def test_autocast_keeps_the_maps_in_its_dtype(name, config):
     dtypes = set()
     for stage in model.stage_names:
         getattr(model, stage).register_forward_hook(lambda m, args, out: dtypes.add(out.dtype))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         model(torch.randn(2, 3, 16, 16))
     assert dtypes == {torch.bfloat16}
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import dsu_weights
+from helpers import directions_of, dsu_weights
 from torch import Tensor
 
 import dla_kernels
@@ -83,9 +83,7 @@ class Call:
         return {name: t for name, t in self.tensors.items() if t.requires_grad}
 
     def directions(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """What the outputs' gradients are multiplied with, the same at every call."""
-        generator = torch.Generator().manual_seed(1)
-        return [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+        return directions_of(outputs)
 
     def run(self, backend: str, directions: list[Tensor] | None = None) -> dict[str, Tensor]:
         """All outputs and all gradients by name."""
@@ -232,6 +230,7 @@ ROWS = [
         ("primes", (3, 13, 7, 11), {"relu": "branch", "keep": True}),  # no size is a multiple of a vector
         ("primes in rows", (3, 13, 7, 11), {"layout": "rows", "relu": "branch", "keep": True}),
         ("several runs of rows", (2, 48, 40, 40), {"layout": "rows"}),  # sums over runs are added
+        ("large planes", (1, 2, 200, 192), {"relu": "sum", "keep": True}),  # each for several of a GPU's blocks
         ("one pixel", (4, 17, 1, 1), {}),
         ("one channel", (3, 1, 9, 9), {"relu": "branch"}),  # whose sums do not all but cancel
         ("no sample", (0, 8, 4, 4), {"keep": True, "statistics": "running"}),  # it has no statistics of its own
@@ -299,7 +298,10 @@ ROWS = [
         ("primes in rows", (7, 37, 5, 3), {"layout": "rows"}),
         ("several runs of rows", (2, 48, 40, 40), {"layout": "rows"}),
         ("wide", (5, 132, 3, 3), {}),
-        ("many weights", (5, 256, 1, 1), {"carried": True}),  # so that the GPU takes a launch for every phase
+        ("many weights", (5, 256, 1, 1), {"carried": True}),  # which several blocks of a GPU share
+        ("many weights, many rows", (26, 200, 1, 1), {"form": "split", "pooled": True}),
+        ("large map", (3, 24, 20, 20), {"layout": "rows"}),  # of which GAP is a launch of its own
+        ("large planes", (1, 2, 200, 192), {}),
         ("many weights, split", (2, 200, 1, 1), {"form": "split"}),
         ("one pixel", (4, 17, 1, 1), {}),
         ("two channels", (3, 2, 9, 9), {"form": "split"}),

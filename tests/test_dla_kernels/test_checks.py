@@ -82,6 +82,8 @@ BAD = [
     ("norm_residual", {"norm": NORM._replace(bias=VECTOR.int())}, r"`norm.bias` must be floating point, got"),
     ("norm_residual", {"norm": NORM._replace(weight=None)}, r"`norm.weight` must be a tensor, got NoneType"),
     ("norm_residual", {"norm": NORM._replace(running_mean=STATE)}, r"`norm.running_mean` must have shape \(C=32\)"),
+    ("norm_residual", {"norm": NORM._replace(num_batches_tracked=VECTOR)}, r"`norm.num_batches_tracked` must have"),
+    ("norm_residual", {"norm": NORM._replace(num_batches_tracked=VECTOR[0])}, r"`norm.num_batches_tracked` must be"),
     ("norm_residual", {"norm": NORM._replace(training=False)}, r"`norm` must have running statistics where it is not"),
     ("norm_residual", {"x": PIXEL, "o": PIXEL}, r"BatchNorm in training needs more than one value per channel, got"),
 ]  # fmt: skip

@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(native.ERROR is not None, reason=str(native.ERROR)),  # whose schemas the ops have
 ]
 # In the order of planted.cu.
+RIGHT, NO_GRID_BARRIER, NOT_TOGETHER, LEAVES_EARLY = range(4)
 NONE, NO_BARRIER, NO_BARRIER_BEFORE_REUSE, UNINITIALISED, BEYOND_SHARED, BEYOND_MAP, MISALIGNED, DIVERGENT = range(8)
 
 rows_on_cuda = [row for row in ROWS if row.id.partition("-")[0] in build.OPS]
@@ -63,6 +64,16 @@ def test_matches_the_reference(make, order):
 def test_several_samples_in_a_block(order):
     """Where the planes are more than the blocks that a launch makes."""
     check(MAKE["norm_residual"](9, 2112, 1, 1, torch.float32, keep=True), LIMITS[torch.float32], backend.NAME)
+
+
+@pytest.mark.parametrize("make", [row for row in rows_on_cuda if row.id.startswith(("gap_dsu", "refresh_gates"))])
+def test_where_blocks_are_not_launched_together(make, order):
+    """A launch for each phase gives the same bits."""
+    call = make(dtype=torch.float32)
+    first = call.run(backend.NAME)
+    order.alone()
+    for name, value in call.run(backend.NAME).items():
+        assert torch.equal(value, first[name]), name
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -157,6 +168,23 @@ def test_launches_that_fail(planted, mistake):
     run.restype = ctypes.c_bool
     values, out = torch.randn(2, 128)
     assert not run(mistake, 1, ctypes.c_void_p(values.data_ptr()), ctypes.c_void_p(out.data_ptr()))
+
+
+@pytest.mark.parametrize("last_first", [False, True])
+@pytest.mark.parametrize("mistake", [RIGHT, NO_GRID_BARRIER, NOT_TOGETHER, LEAVES_EARLY])
+def test_barriers_of_the_grid(planted, mistake, last_first):
+    """A missing one shows in the values; one that not all blocks reach, or that were not launched together, fails."""
+    values, places = torch.arange(4.0), torch.full((2, 4), torch.nan)
+    with backend.Order(planted) as order:
+        order.reverse(last_first)
+        run = ctypes.CDLL(str(planted)).run_across
+        run.restype = ctypes.c_bool
+        ran = run(mistake, 4, *(ctypes.c_void_p(t.data_ptr()) for t in (values, places)))
+        assert ran == (mistake in (RIGHT, NO_GRID_BARRIER))
+        assert torch.equal(values, torch.arange(4.0) + 2) == (mistake == RIGHT)
+        assert not run(RIGHT, 7, ctypes.c_void_p(0), ctypes.c_void_p(0))  # more than run together
+        order.alone()
+        assert not run(RIGHT, 4, ctypes.c_void_p(0), ctypes.c_void_p(0))
 
 
 @pytest.mark.parametrize("mistake", [NONE, BEYOND_SHARED, BEYOND_MAP, MISALIGNED])

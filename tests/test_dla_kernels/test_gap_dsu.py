@@ -86,7 +86,7 @@ def test_autocast_leaves_the_state_alone():
     x, (h, c) = torch.randn(2, 8, 4, 4), torch.randn(2, 2, 8)
     weights = dsu_weights("joint", 8, 2, torch.float32)
     expected = gap_dsu(x, h, c, weights, carried=h)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         got = gap_dsu(x, h, c, weights, carried=h)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 

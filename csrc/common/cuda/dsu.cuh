@@ -1,7 +1,8 @@
-// The Dynamic Sharing Unit's phases, forward and backward. A block has kDsuRows rows, so that a weight that it reads
-// serves as many; what one phase leaves for the next lies in global memory. Small units run all phases in one launch,
-// a barrier between any two. A large one's weights would keep a few blocks busy for long: there every phase is a launch
-// of its own, whose outputs several blocks (gridDim.y) share. Which of the two, its size alone decides.
+// The Dynamic Sharing Unit's phases, forward and backward, all of them in one launch. A block has kDsuRows rows, so
+// that a weight that it reads serves as many; what one phase leaves for the next lies in global memory. A large unit's
+// weights would keep a few blocks busy for long: there several blocks (gridDim.y) share the outputs of a phase, and all
+// blocks are launched together, with a barrier of the grid between two phases. How the outputs are shared changes no
+// sum.
 #pragma once
 
 #include <algorithm>
@@ -30,36 +31,68 @@ constexpr int kDsuUnroll = 16 / sizeof(A);
 struct DsuPhases {
     unsigned set;
 
+    // For the block's rows.
     template <class Body>
     __device__ __forceinline__ void run(int phase, const Body& body) const {
         if (!(set >> phase & 1)) return;
-        if (set & ((1u << phase) - 1)) __syncthreads();
+        if (set & ((1u << phase) - 1)) gridDim.y > 1 ? grid_barrier() : __syncthreads();
         body();
+    }
+
+    // The last one, body(piece) for each of so many pieces, which the blocks share and which take all rows.
+    template <class Body>
+    __device__ __forceinline__ void run_pieces(int phase, int64_t pieces, const Body& body) const {
+        if (!(set >> phase & 1)) return;
+        if (set & ((1u << phase) - 1)) grid_barrier();
+        for (int64_t i = blockIdx.x + int64_t(blockIdx.y) * gridDim.x; i < pieces; i += gridDim.x * gridDim.y) body(i);
     }
 };
 
-// Runs the phases as said above.
+// What a launch is made for: its rows, values that a row's phases read in common (weights) and alone (a map), and
+// the pieces of the phase `last`, where there is one.
+struct DsuWork {
+    int64_t rows, weights, of_row, pieces;
+    int last;
+};
+
 template <class A, class Args>
-void launch_phases(void (*kernel)(Args, DsuPhases), const Args& args, int64_t rows, DsuPhases phases, int64_t weights,
+void launch_phases(void (*kernel)(Args, DsuPhases), const Args& args, const DsuWork& work, DsuPhases phases,
                    size_t shared, cudaStream_t stream) {
-    if (rows == 0) return;
-    // 256 KiB of float32: what one multiprocessor reads in a few microseconds, about the cost of two launches.
+    // 256 KiB of float32: what one multiprocessor reads in a few microseconds, about the cost of two barriers.
     constexpr int64_t kSmall = 1 << 16, kSlice = 1 << 14;
-    const auto blocks = static_cast<unsigned>(ceil_div(rows, kDsuRows));
-    if (weights <= kSmall) return launch(kernel, dim3(blocks), kDsuThreads<A>, shared, stream, args, phases);
-    const auto slices = static_cast<unsigned>(std::min<int64_t>(64, ceil_div(weights, kSlice)));
-    for (unsigned bit = 1; bit <= phases.set; bit *= 2) {
-        if (phases.set & bit) {
-            launch(kernel, dim3(blocks, slices), kDsuThreads<A>, shared, stream, args, DsuPhases{bit});
+    const int64_t values = work.weights + kDsuRows * work.of_row, groups = ceil_div(work.rows, kDsuRows);
+    int64_t slices = values <= kSmall ? 1 : std::min<int64_t>(64, ceil_div(values, kSlice));
+    const auto run = [&](bool together, int64_t x, int64_t y, DsuPhases phases) {
+        if (x == 0) return;
+        const dim3 grid(static_cast<unsigned>(x), static_cast<unsigned>(y));
+        launch_as(together, kernel, grid, kDsuThreads<A>, shared, stream, args, phases);
+    };
+    const int64_t most = blocks_together();
+    if (most == 0) {  // a launch for each phase
+        for (unsigned bit = 1; bit <= phases.set; bit *= 2) {
+            const bool last = work.pieces > 0 && bit == 1u << work.last;
+            if (phases.set & bit) run(false, last ? work.pieces : groups, last ? 1 : slices, DsuPhases{bit});
         }
+        return;
     }
+    slices = std::max<int64_t>(1, std::min(slices, most / std::max<int64_t>(1, groups)));
+    if (slices > 1) return run(true, groups, slices, phases);
+    // Without a last phase the blocks wait for nobody, so that any number will do.
+    const int64_t blocks = work.pieces > 0 ? std::min(most, std::max(groups, work.pieces)) : groups;
+    run(work.pieces > 0, blocks, 1, phases);
 }
 
 // A block's rows; beyond the last one it takes the last again, and does not store.
 struct DsuRows {
     int64_t first, count;
 
-    __device__ explicit DsuRows(int64_t count) : first(int64_t(blockIdx.x) * kDsuRows), count(count) {}
+    __device__ explicit DsuRows(int64_t count, int64_t group = blockIdx.x) : first(group * kDsuRows), count(count) {}
+
+    // Calls body(rows) for each group of rows that the block has: one, where blocks share a group.
+    template <class Body>
+    static __device__ __forceinline__ void each_group(int64_t count, const Body& body) {
+        for (int64_t group = blockIdx.x; group * kDsuRows < count; group += gridDim.x) body(DsuRows(count, group));
+    }
     __device__ __forceinline__ int64_t row(int i) const { return min(first + i, count - 1); }
     __device__ __forceinline__ bool has(int i) const { return first + i < count; }
 };
@@ -334,6 +367,7 @@ struct DsuProducts {
     }
 };
 
+// Threads that a tile takes; the block's others have none of it.
 constexpr int kProductThreads = 256;
 // Rows that a block takes at once, and values of shared memory: two tiles of them.
 constexpr int kProductRows = 32, kProductShared = 2 * kProductRows * DsuProduct<float>::kTile;
@@ -348,10 +382,11 @@ __device__ void dsu_product_tile(const DsuProducts<A>& all, int64_t tile, A* sha
     const int64_t columns = ceil_div(a.J, kTile);
     const int64_t i0 = tile / columns * kTile, j0 = tile % columns * kTile;
     const int column = threadIdx.x % kTile, row = threadIdx.x / kTile;
+    const bool works = threadIdx.x < kProductThreads;
     A *p = shared, *q = shared + kProductRows * kTile;
     A sums[kEach] = {}, of_bias = 0;
     for (int64_t m0 = 0; m0 < all.M; m0 += kProductRows) {
-        for (int r = row; r < kProductRows; r += kProductThreads / kTile) {
+        for (int r = row; works && r < kProductRows; r += kProductThreads / kTile) {
             const int64_t m = m0 + r, i = i0 + column, j = j0 + column;
             const A* from = m < a.turn ? a.q + m / a.T * a.q_pitch : a.q_later + (m - a.turn) * a.q_pitch;
             p[r * kTile + column] = m < all.M && i < a.I ? a.p[m * a.p_pitch + i] : A(0);
@@ -359,7 +394,7 @@ __device__ void dsu_product_tile(const DsuProducts<A>& all, int64_t tile, A* sha
         }
         __syncthreads();
 #pragma unroll 4
-        for (int r = 0; r < kProductRows; ++r) {
+        for (int r = 0; works && r < kProductRows; ++r) {
             const A v = q[r * kTile + column];
 #pragma unroll
             for (int k = 0; k < kEach; ++k) sums[k] += p[r * kTile + row + k * (kTile / kEach)] * v;
@@ -372,7 +407,7 @@ __device__ void dsu_product_tile(const DsuProducts<A>& all, int64_t tile, A* sha
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
         const int64_t i = i0 + row + k * (kTile / kEach), j = j0 + column;
-        if (i < a.I && j < a.J) a.out[i * a.pitch + j] = sums[k];
+        if (works && i < a.I && j < a.J) a.out[i * a.pitch + j] = sums[k];
     }
     if (a.bias && j0 == 0 && row == 0 && i0 + column < a.I) a.bias[i0 + column] = of_bias;
 }

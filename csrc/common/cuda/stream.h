@@ -16,7 +16,7 @@ class OnDevice {
   public:
     explicit OnDevice(const torch::stable::Tensor& x) : guard_(x.get_device()) {
         void* stream = nullptr;
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &stream));
+        STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &stream) == 0, "no current CUDA stream");
         stream_ = static_cast<cudaStream_t>(stream);
     }
     cudaStream_t stream() const { return stream_; }

@@ -3,11 +3,13 @@
 // A thread takes vectors of N elements: N pixels of one channel in NCHW, one pixel of N channels in channels_last. A
 // team of threads (a warp, or the block where maps are large or few) walks one sample's tile: a plane in NCHW, and in
 // channels_last kLanes vectors of channels, as many threads side by side. All tiles of a block have the same channels,
-// so what is computed for a channel is computed once for several samples.
+// so what is computed for a channel is computed once for several samples. Where tiles are too few to keep the chip busy
+// they are cut into runs of pixels, a block for each, and a launch more joins what the blocks have added up.
 #pragma once
 
 #include <algorithm>
 #include <initializer_list>
+#include <stdexcept>
 
 #include "common/cuda/reduce.cuh"
 #include "common/cuda/vector.cuh"
@@ -16,21 +18,34 @@ namespace dla {
 
 // What a launch chooses, from the shape alone: the order of every sum follows from it.
 struct WalkPlan {
-    int64_t tiles, groups;  // of channels and of samples; a block has one of each
+    int64_t tiles, groups, runs;  // of channels, of samples and of pixels; a block has one of each
+    int64_t pixels;               // of a run
     int team;
 
     static constexpr int kThreads = 256;
     // Two waves of 8 blocks each on the 132 multiprocessors of an H100: more blocks would only repeat the statistics.
     static constexpr int64_t kBlocks = 2112;
+    // Fewer than two on each are cut, into runs of at least so many vectors for every thread.
+    static constexpr int64_t kFew = 264, kLeast = 8;
 
     WalkPlan(const Shape& s, int N, bool rows, int lanes) : tiles(rows ? ceil_div(s.C, int64_t(lanes) * N) : s.C) {
+        if (std::max({s.B, s.C, s.HW()}) > INT32_MAX) throw std::runtime_error("a map of 2^31 or more along one axis");
         const int64_t vectors = rows ? s.HW() * lanes : ceil_div(s.HW(), N);
         // A warp per tile needs no barrier; but with too few of them most of the chip would wait.
         team = vectors > 32 * kWarp || (vectors > 2 * kWarp && s.B * tiles < 4096) ? kThreads : kWarp;
         groups = std::max<int64_t>(1, std::min(ceil_div(s.B, kThreads / team), ceil_div(kBlocks, tiles)));
+        const int64_t wanted = team == kThreads ? kFew / (tiles * groups) : 1, most = vectors / (kLeast * kThreads);
+        pixels = round_up(ceil_div(s.HW(), std::max<int64_t>(1, std::min(wanted, most))), N);
+        runs = ceil_div(s.HW(), pixels);
     }
 
-    dim3 grid() const { return dim3(static_cast<unsigned>(tiles * groups)); }
+    // For a warp that takes tiles of its own choice.
+    __device__ WalkPlan(int64_t tiles, const Shape& s)
+        : tiles(tiles), groups(1), runs(1), pixels(s.HW()), team(kWarp) {}
+
+    // Blocks that share a tile of channels.
+    DLA_HOST_DEVICE int64_t parts() const { return groups * runs; }
+    dim3 grid() const { return dim3(static_cast<unsigned>(tiles * parts())); }
 };
 
 template <class T, int N_, bool kRows_>
@@ -40,30 +55,36 @@ struct Walk {
     static constexpr bool kRows = kRows_;
     // 64 bytes of adjacent channels in vectors, two whole sectors; without vectors a warp takes as many as it can.
     static constexpr int kLanes = !kRows ? 1 : N == 1 ? kWarp : 64 / (N * sizeof(T));
-    // Channels of a thread.
-    static constexpr int kChannels = kRows ? N : 1;
+    // Channels of a thread, and of a tile.
+    static constexpr int kChannels = kRows ? N : 1, kTile = kLanes * kChannels;
     static constexpr int kThreads = WalkPlan::kThreads;
     // Values of shared memory that a sum over the block needs.
-    static constexpr int kShared = kThreads / kWarp * kLanes * kChannels;
+    static constexpr int kShared = kThreads / kWarp * kTile;
 
     static WalkPlan plan(const Shape& s) { return WalkPlan(s, N, kRows, kLanes); }
 
     const Shape& s;
     const WalkPlan& plan_;
-    int tile, group, c;  // c: the thread's first channel
-    int lane, walker;    // the thread's place among the channels, and among the vectors of its channels
+    int tile, group, run, c;  // c: the thread's first channel
+    int lane, walker;         // the thread's place among the channels, and among the vectors of its channels
 
     __device__ Walk(const Shape& s, const WalkPlan& plan)
+        : Walk(s, plan, blockIdx.x % static_cast<unsigned>(plan.tiles),
+               blockIdx.x / static_cast<unsigned>(plan.tiles)) {}
+
+    __device__ Walk(const Shape& s, const WalkPlan& plan, int tile, int part)
         : s(s),
           plan_(plan),
-          tile(blockIdx.x % static_cast<unsigned>(plan.tiles)),
-          group(blockIdx.x / static_cast<unsigned>(plan.tiles)),
+          tile(tile),
+          group(part % static_cast<int>(plan.groups)),
+          run(part / static_cast<int>(plan.groups)),
           c(kRows ? (tile * kLanes + threadIdx.x % kLanes) * N : tile),
           lane(threadIdx.x % kLanes),
           walker(threadIdx.x % plan.team / kLanes) {}
 
     // Without vectors the last tile may be wider than the map.
     __device__ bool inside() const { return !kRows || c < s.C; }
+    __device__ int part() const { return run * int(plan_.groups) + group; }
 
     // The samples of this thread's team, the same number of rounds for all threads of a team.
     template <class Body>
@@ -72,13 +93,15 @@ struct Walk {
         for (int b = group * teams + threadIdx.x / plan_.team; b < s.B; b += int(plan_.groups) * teams) body(b);
     }
 
-    // The thread's vectors of a tile by their first pixel: get(pixel) of kAtOnce of them, then use(pixel, what it got)
+    // The thread's vectors of a run by their first pixel: get(pixel) of kAtOnce of them, then use(pixel, what it got)
     // of each, so that as many loads are under way. A plane has less than 2^31 pixels; strides are of 64 bits.
     template <int kAtOnce, class Get, class Use>
     __device__ __forceinline__ void each_vector(const Get& get, const Use& use) const {
-        const unsigned end = inside() ? static_cast<unsigned>(s.HW()) : 0;
+        const auto begin = static_cast<unsigned>(run * plan_.pixels);
+        const unsigned end =
+            inside() ? min(begin + static_cast<unsigned>(plan_.pixels), static_cast<unsigned>(s.HW())) : 0;
         const unsigned step = plan_.team / kLanes * (kRows ? 1 : N);
-        for (unsigned p = walker * (kRows ? 1 : N); p < end; p += kAtOnce * step) {
+        for (unsigned p = begin + walker * (kRows ? 1 : N); p < end; p += kAtOnce * step) {
             decltype(get(p)) got[kAtOnce];
 #pragma unroll
             for (int k = 0; k < kAtOnce; ++k) {

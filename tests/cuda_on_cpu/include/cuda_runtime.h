@@ -64,10 +64,13 @@ constexpr int warpSize = 32;
 
 namespace cuda_on_cpu {
 
-constexpr size_t kShared = 227 << 10;  // what a block may have on sm_90
+constexpr size_t kShared = 99 << 10;  // what a block may have on every GPU from sm_80 on: sm_86 has no more
 constexpr unsigned kLanes = 32;
+// So few that grids of the tests are larger, and so many that blocks wait for each other.
+constexpr int kMultiprocessors = 6;
 
 void wait_for_block();
+void wait_for_grid();
 
 // A place for each lane's value, and what the others of `mask` put there: all of them have arrived when it returns.
 struct Exchange {
@@ -169,10 +172,20 @@ T max(T a, T b) {
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration, cudaErrorLaunchFailure };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrCooperativeLaunch };
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
+struct cudaLaunchAttribute {
+    cudaLaunchAttributeID id;
+    struct {
+        int cooperative;
+    } val;
+};
 struct cudaLaunchConfig_t {
     dim3 gridDim, blockDim;
     size_t dynamicSmemBytes = 0;
     cudaStream_t stream = nullptr;
+    cudaLaunchAttribute* attrs = nullptr;
+    unsigned numAttrs = 0;
 };
 
 const char* cudaGetErrorString(cudaError_t);
@@ -180,6 +193,11 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
     return size_t(bytes) <= cuda_on_cpu::kShared ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device);
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
     memset(to, value, bytes);
     return cudaSuccess;
