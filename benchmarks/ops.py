@@ -203,16 +203,17 @@ def build(op: Op, shape, dtype, layout, device, backend, training=True, exact=Fa
     return op.build(maps, vectors, b, c, backend, training)
 
 
-def results(function: Callable, arguments: list[Tensor], training: bool) -> list[Tensor]:
-    """Outputs, then in training gradients."""
+def results(function: Callable, arguments: list[Tensor], dtype: torch.dtype, training: bool) -> list[Tensor]:
+    """Outputs, then in training gradients, given random ones of the outputs that ``dtype`` can hold.
+
+    A BatchNorm lets nothing of a constant gradient through: with ones its backward would not be seen.
+    """
     if not training:
         with torch.no_grad():
             return [o for o in function(*arguments) if o is not None]
-    outputs = _differentiable(function(*arguments))
-    return [
-        *(o.detach() for o in outputs),
-        *torch.autograd.grad(outputs, arguments, [torch.ones_like(o) for o in outputs]),
-    ]
+    outputs, generator = _differentiable(function(*arguments)), torch.Generator().manual_seed(1)
+    given = [torch.randn(o.shape, generator=generator).to(dtype).to(o) for o in outputs]
+    return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, arguments, given)]
 
 
 def _differentiable(outputs) -> list[Tensor]:
@@ -222,10 +223,10 @@ def _differentiable(outputs) -> list[Tensor]:
 @functools.lru_cache(1)
 def wrong(op: Op, shape, dtype, layout, device, backends: Sequence[str], training: bool) -> str | None:
     """What is wrong, unless every backend is about as near to the float64 reference as the reference itself."""
-    exact = results(*build(op, shape, dtype, layout, device, "reference", training, exact=True), training)
+    exact = results(*build(op, shape, dtype, layout, device, "reference", training, exact=True), dtype, training)
 
     def errors(backend: str) -> list[float]:
-        got = results(*build(op, shape, dtype, layout, device, backend, training), training)
+        got = results(*build(op, shape, dtype, layout, device, backend, training), dtype, training)
         return [((g.double() - e).norm() / e.norm().clamp_min(1e-30)).item() for g, e in zip(got, exact, strict=True)]
 
     own, sums = errors("reference"), SUMS if dtype != torch.float64 else SUMS_FLOAT64

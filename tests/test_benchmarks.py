@@ -189,6 +189,33 @@ def test_no_number_on_a_wrong_op(tmp_path, monkeypatch):
     report.write(session.results, tmp_path)
 
 
+@pytest.mark.skipif(native.ERROR is not None, reason=str(native.ERROR))
+def test_wrong_backward_is_seen(monkeypatch):
+    module = importlib.import_module("dla_kernels.ops.norm_residual.function")
+    right = module.BACKENDS["native"]
+
+    def shifted(*args):
+        grad_x, grad_o = right.backward(*args)
+        return grad_x, grad_o + 1e-3 * grad_o.std()
+
+    what = ops.OPS["norm_residual"], (3, 32, 4, 4), torch.float32, "NCHW", CPU, ("native",), True
+    assert ops.wrong(*what) is None
+    ops.wrong.cache_clear()
+    monkeypatch.setitem(module.BACKENDS, "native", SimpleNamespace(**{**right.__dict__, "backward": shifted}))
+    assert "native: result" in ops.wrong(*what)
+    ops.wrong.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", ops.DTYPES)
+@pytest.mark.parametrize("layout", ops.LAYOUTS)
+def test_right_ops_pass_in_every_dtype_and_layout(dtype, layout):
+    """A false alarm would take the numbers of a right op away."""
+    for name, op in ops.OPS.items():
+        for training in (True, False)[: 1 if op.inference is None else 2]:
+            what = op, (2, 64, 8, 8), ops.DTYPES[dtype], layout, CPU, ops.available(CPU), training
+            assert ops.wrong(*what) is None, name
+
+
 @pytest.mark.parametrize("task", networks.TASKS)
 def test_wrong_network_gets_no_number(monkeypatch, task):
     stage = blocks.build(32, "dla_l", 2)
