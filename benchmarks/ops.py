@@ -307,7 +307,8 @@ def rows(device: torch.device, full: bool = False, ops: Sequence[str] = ()) -> I
                             "op": name, "": direction, "shape": "x".join(map(str, shape)), "dtype": dtype,
                             "layout": layout,
                         }  # fmt: skip
-                        compiled = full or shape == short[0]
+                        # To compile takes seconds.
+                        compiled = full or (shape == short[0] and direction != "inference")
                         yield Row("ops", labels, "reference", functools.partial(
                             prepare, OPS[name], shape, DTYPES[dtype], layout, direction, compiled
                         ))  # fmt: skip

@@ -24,6 +24,8 @@ TITLES = {
     "depth": "A training step of a stage by its blocks; literal: its time over ours",
     "launches": "Ops that a block dispatches, forward + backward; time of a stage of four on maps of one pixel",
 }
+#: A spread that tells of other work on the machine.
+DISTURBED = 0.25
 #: Labels that a question's tables are parted by.
 APART = {
     "ops": ("shape", "dtype", "layout"),
@@ -85,10 +87,14 @@ def _mebibytes(row: dict, fact: str) -> str:
     return "" if value is None else f"{value / 2**20:.3g}"
 
 
-def _measured(row: dict) -> str:
-    """The median, and half of what lies between the 20th and the 80th percentile beside it."""
+def _spread(row: dict) -> float:
+    """Half of what lies between the 20th and the 80th percentile of our time, over the median."""
     times = row["seconds"][ours(row)]
-    return f"{_milliseconds(times['p50'])} ±{(times['p80'] - times['p20']) / 2 / times['p50']:.0%}"
+    return (times["p80"] - times["p20"]) / 2 / times["p50"]
+
+
+def _measured(row: dict) -> str:
+    return f"{_milliseconds(p50(row, ours(row)))} ±{_spread(row):.0%}"
 
 
 def _count(row: dict, form: str) -> str:
@@ -190,7 +196,7 @@ def tables(results: dict) -> list[Table]:
 
 
 def notes(results: dict) -> list[str]:
-    """What the tables leave to be said: goals, and rivals that could not run."""
+    """What the tables leave to be said: goals, rows that were disturbed, and rivals that could not run."""
     rows = [row for row in results["rows"] if "error" not in row]
     held = [
         of_copy(row) >= row["facts"]["goal"] if row["question"] == "ops" else ratio(row) <= row["facts"]["goal"]
@@ -198,6 +204,8 @@ def notes(results: dict) -> list[str]:
         if "goal" in row["facts"]
     ]
     lines = [f"{sum(held)} of {len(held)} goals (at least, at most) are met."] if held else []
+    if disturbed := sum(_spread(row) > DISTURBED for row in rows):
+        lines.append(f"{disturbed} of {len(rows)} rows spread by more than {DISTURBED:.0%}: the machine was busy.")
     failed = {(name, why) for row in rows for name, why in row.get("failed", {}).items()}
     return lines + [f"{name} failed: {why}" for name, why in sorted(failed)]
 

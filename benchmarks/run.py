@@ -25,7 +25,7 @@ QUESTIONS = {
     "launches": launches.rows,
 }
 #: Seconds for the rounds of a row, in a short run and in a full one.
-BUDGET_S, FULL_BUDGET_S = 1.5, 5.0
+BUDGET_S, FULL_BUDGET_S = 1.2, 5.0
 
 
 def rows_of(

@@ -391,8 +391,8 @@ def bench(
                 lambda row: progress.update(task, advance=1, description=row.name),
             )
     except KeyboardInterrupt:
-        kept = f"{session.path} keeps what was measured, --resume goes on"
-        typer.echo(f"stopped; {kept}" if session.results["rows"] else "stopped before anything was measured", err=True)
+        measured = f"{session.path} keeps what was measured, --resume goes on"
+        typer.echo(f"stopped; {measured if session.results['rows'] else 'nothing was measured yet'}", err=True)
         raise typer.Exit(130) from None
     console.print(report.limits_line(session.results), highlight=False)
     console.print(*report.tables(session.results))

@@ -4,6 +4,9 @@ import copy
 import importlib
 import io
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,7 +88,10 @@ def test_rival_that_fails_is_left_out_and_named(tmp_path):
     one, *others = session.results["rows"]
     assert one["failed"] == {"literal": "RuntimeError: no compiler"}
     assert report.cells([one], "blocks")[0][2][0][-1] == "failed"
-    assert report.notes(session.results) == ["literal failed: RuntimeError: no compiler"]
+    assert report.notes(session.results)[-1] == "literal failed: RuntimeError: no compiler"
+    times = one["seconds"]["fused"]
+    times["p80"] = times["p20"] + times["p50"]
+    assert "1 of 1 rows spread by more than 25%: the machine was busy." in report.notes(session.results)
     assert [row["error"] for row in others] == ["plain: RuntimeError: no compiler", "RuntimeError: no compiler"]
 
 
@@ -268,6 +274,7 @@ def test_tables_fit_into_a_terminal(results):
     results = copy.deepcopy(results)
     for row in results["rows"]:  # on a busy machine they may be of any length
         row["over_ours"] = dict.fromkeys(row["over_ours"], 0.12)
+        row["seconds"] = dict.fromkeys(row["seconds"], {"p20": 0.00912, "p50": 0.01, "p80": 0.01123})
     console = Console(width=80, file=io.StringIO())
     console.print(*report.tables(results))
     assert "…" not in console.file.getvalue()
@@ -399,6 +406,19 @@ def test_documents_quote_the_results_on_record():
         text = path.read_text()
         assert "<!-- bench " in text
         assert report.quoted(text, ROOT / "benchmarks") == text
+
+
+def test_make_tables_runs_the_installed_package(tmp_path):
+    """From the root, where the source tree's `dla` has no benchmarks."""
+    command = re.search(r"^tables:.*\n\t\$\(BIN\)/python (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    for name in ("benchmarks", "dla"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/kernels.md"):
+        (tmp_path / name).write_text((ROOT / name).read_text().replace("| forward |", "| old |"))
+    subprocess.run([sys.executable, *command.split()], cwd=tmp_path, check=True)
+    for name in ("README.md", "docs/kernels.md"):
+        assert (tmp_path / name).read_text() == (ROOT / name).read_text()
 
 
 def test_quoting_takes_the_results(results, tmp_path):
