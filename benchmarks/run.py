@@ -38,13 +38,19 @@ def rows_of(
     """The rows of some questions, by default of all, or of those that the ops and models given belong to.
 
     Raises:
-        ValueError: an unknown question, op or model.
+        ValueError: an unknown question, op or model, or an op or model beside questions that it does not belong to.
     """
     for question in questions:
         if question not in QUESTIONS:
             raise ValueError(f"`question` must be one of {', '.join(QUESTIONS)}, got {question!r}")
     given = {name: {name: names} for name, names in (("ops", ops), ("models", models)) if names}
     asked = list(questions) or list(given or QUESTIONS)
+    for question in given:
+        if question not in asked:
+            raise ValueError(
+                f"`{question.removesuffix('s')}` belongs to the question {question}, which is not among "
+                f"{', '.join(asked)}"
+            )
     return [row for question in asked for row in QUESTIONS[question](device, full, **given.get(question, {}))]
 
 

@@ -367,6 +367,7 @@ def test_compare(results, tmp_path, monkeypatch):
         (["--model", "resnet50d+vgg"], "`model` resnet50d+vgg: the interaction must be one of lii, "),
         (["--model", "vgg99+dla_l"], "`model` vgg99+dla_l: timm has no 'vgg99'; it has "),
         (["speed"], "`question` must be one of ops, blocks, models, depth, launches, got 'speed'"),
+        (["blocks", "--op", "gap_dsu"], "`op` belongs to the question ops, which is not among blocks"),
         (["--device", "tpu"], "`device` must be auto or one of cpu"),
         (["--out", "/dev/null/x"], "`out` must be a folder that can be written, got /dev/null/x"),
     ],
