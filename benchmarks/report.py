@@ -306,7 +306,7 @@ def roofline(results: dict) -> Figure | None:
     names = list(dict.fromkeys(r["labels"]["op"] for r in rows))
     shapes = list(dict.fromkeys(r["labels"]["shape"] for r in rows))
     colors = [c["color"] for c in mpl.rcParams["axes.prop_cycle"]]
-    markers = [c["marker"] for c in mpl.rcParams["axes.prop_cycle"]]
+    markers = [*(c["marker"] for c in mpl.rcParams["axes.prop_cycle"]), *"X<>*ph"]  # one for every shape
     fills = {"forward": "full", "backward": "none", "inference": "left"}
     for row, (intensity, rate) in zip(rows, points, strict=True):
         axes.plot(
