@@ -443,10 +443,8 @@ def depth_curves(results: dict) -> Figure | None:
         axes.set_title(f"{_name(interactions[0])}, {_blocks(last)} blocks: literal {times:.1f} times the fused")
         axes.grid(alpha=0.3, linewidth=0.5)
     axes.legend(loc="upper left")
-    figure.suptitle(
-        f"Fused, time and memory grow linearly with the blocks of a stage\n{results['environment']['device']}",
-        fontsize=9,
-    )
+    conclusion = "Fused, a stage's memory grows with its blocks, that of the literal DLA-B with their square"
+    figure.suptitle(f"{conclusion}\n{results['environment']['device']}", fontsize=9)
     return figure
 
 
