@@ -16,7 +16,7 @@ help:
 	@echo "make test-all  the tests with the slow ones"
 	@echo "make fuzz      every op on 10000 random shapes, layouts and dtypes"
 	@echo "make sanitize  the ops' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
-	@echo "make bench     what ops, blocks and models cost on this machine; results in benchmarks/results/"
+	@echo "make bench     what ops, blocks and models cost on this machine; results in benchmarks/results/, then make tables"
 	@echo "make tables    bring the tables of README and docs up to date with benchmarks/results/"
 	@echo "make gpu       tests, compute-sanitizer and benchmarks of the kernels on this machine's GPU; results in benchmarks/results/"
 	@echo "make lint      check style;  make format  mend it"
@@ -44,9 +44,10 @@ sanitize: $(VENV)/.dependencies
 
 bench: $(VENV)/.package
 	$(BIN)/dla bench --out benchmarks/results
+	$(MAKE) tables
 
 tables: $(VENV)/.package
-	$(BIN)/python -m dla.benchmarks.report README.md docs/kernels.md
+	$(BIN)/python -I -m dla.benchmarks.report README.md docs/kernels.md
 
 # OFFLINE=1, where nothing can be downloaded: the packages that $(PYTHON) has, and ours in a folder before them.
 ifdef OFFLINE

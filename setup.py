@@ -19,6 +19,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import ExecError
 from setuptools.modified import newer_group
 
@@ -83,11 +84,18 @@ def compiler() -> str | None:
 
 
 def git_commit() -> str:
-    """Of the clone, or outside one what DLA_KERNELS_COMMIT says."""
+    """The commit of this tree, with "-dirty" where files differ; outside a clone what DLA_KERNELS_COMMIT says."""
     if not (ROOT / ".git").exists():
         return os.environ.get("DLA_KERNELS_COMMIT", "unknown")
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+    return output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").strip()
+
+
+class BuildPy(build_py):
+    """Leaves the commit beside the modules: there is one without a compiler too, and no C++ is compiled for it."""
+
+    def run(self) -> None:
+        super().run()
+        Path(self.build_lib, "dla_kernels", "commit.txt").write_text(git_commit() or "unknown")
 
 
 class BuildExt(build_ext):
@@ -190,7 +198,6 @@ def native_extension() -> Extension:
     )
     texts = {
         "DLA_VERSION": version,
-        "DLA_COMMIT": git_commit(),
         "DLA_TORCH": torch.__version__,
         "DLA_FLAGS": " ".join(flags),
     }
@@ -221,5 +228,5 @@ setup(
     packages=[*find_packages(include=["dla*"]), "dla.benchmarks"],
     package_dir={"dla.benchmarks": "benchmarks"},
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExt},
+    cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
 )

@@ -28,15 +28,13 @@ def prepare(batch, channels, size, interaction, task, full, device) -> Prepared:
     stage, plain = (build(channels, name).to(device) for name in (interaction, None))
     x = torch.randn(batch, channels, size, size, device=device)
     has_literal = interaction != "lii"
-    networks.check(stage, x[:2], ("literal",) if has_literal else ())
+    networks.check(stage, x[:2], task, ("literal",) if has_literal else ())
     forms = {"fused": stage, "plain": plain, "reference": networks.On(stage, "reference")}
     if has_literal:
         forms["literal"] = networks.literal_form(stage)
     if full:
         torch._dynamo.reset()
-        forms["compiled reference"] = torch.compile(forms["reference"])
-        if has_literal:
-            forms["compiled literal"] = torch.compile(forms["literal"])
+        forms |= {f"compiled {name}": torch.compile(form) for name, form in forms.items()}
     if device.type == "cuda":
         x = x.to(torch.bfloat16, memory_format=torch.channels_last)
         forms = {name: form.to(memory_format=torch.channels_last, dtype=torch.bfloat16) for name, form in forms.items()}

@@ -1,7 +1,10 @@
 """How do time and memory grow with the blocks of a stage? DLA-B and DLA-L, beside their literal forms."""
 
+import contextlib
 import functools
 import itertools
+import os
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -13,7 +16,7 @@ from dla.benchmarks.measure import Prepared, Row
 
 #: B, channels and image of the stage, by device.
 SHAPES = {"cpu": (8, 64, 16), "cuda": (64, 256, 28)}
-DEPTHS, FULL_DEPTHS = (2, 4, 8, 16), (2, 4, 8, 12, 16, 24, 36)
+DEPTHS, FULL_DEPTHS = (2, 6, 12, 24, 36), (2, 4, 8, 12, 16, 24, 36)
 
 
 def saved_bytes(network: nn.Module, x: Tensor) -> int:
@@ -30,6 +33,20 @@ def saved_bytes(network: nn.Module, x: Tensor) -> int:
     return sum(s.nbytes() for s in saved.values())
 
 
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Without what the profiler's C++ writes past Python to the standard error."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def peak_bytes(function, device: torch.device) -> int:
     """The most that a call has allocated at once."""
     function()
@@ -39,7 +56,7 @@ def peak_bytes(function, device: torch.device) -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+    with silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         function()
     sizes = (e.nbytes() for e in trace.profiler.kineto_results.events() if e.name() == "[memory]")
     return max(itertools.accumulate(sizes, initial=0))
@@ -50,7 +67,7 @@ def prepare(depth, interaction, device) -> Prepared:
     batch, channels, size = SHAPES[device.type]
     stage = blocks.build(channels, interaction, depth).to(device)
     x = torch.randn(batch, channels, size, size, device=device)
-    networks.check(stage, x[:2])
+    networks.check(stage, x[:2], "train step")
     forms = {
         "fused": stage,
         "literal": networks.literal_form(stage),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dla_kernels
 from dla.benchmarks import launches, models, networks, ops
-from dla.benchmarks.measure import Function, Prepared, Row, copy_of, graphed
+from dla.benchmarks.measure import Function, Prepared, Row, graphed
 from dla.stage import create_stage
 from dla_kernels import BatchNorm, norm_residual
 
@@ -52,7 +52,7 @@ def block(rival: str, shape, device) -> Prepared:
     """Four DLA-L blocks without convolutions, forward and backward: all that is left is ours."""
     torch.manual_seed(0)
     stage = create_stage([Tail(shape[1]) for _ in range(4)], shape[1], "dla_l")
-    networks.check(stage, torch.randn(2, shape[1], 4, 4), names=())
+    networks.check(stage, torch.randn(2, shape[1], 4, 4), "train step", names=())
     stage = stage.to(device, memory_format=torch.channels_last)
     other: nn.Module = networks.On(stage, "reference")
     if rival == "compiled reference":
@@ -109,7 +109,7 @@ def vectors_op(name: str, shape, direction: int, device) -> Prepared:
         rivals = {name: graphed(of, CALLS) for name, of in built.items()}
     else:
         rivals = {name: functools.partial(repeat, of()) for name, of in built.items()}
-    return Prepared(rivals | {"copy": copy_of(source)}, facts)
+    return Prepared(rivals | {"copy": source.clone}, facts)
 
 
 def repeat(function: Function) -> None:
@@ -142,11 +142,11 @@ def rows(device: torch.device, full: bool = False) -> Iterator[Row]:
     bandwidth = {name: (ops.OPS[name], 0.9, 0.8) for name in ("light_update", "norm_residual")}
     bandwidth |= {f"layer_attention, T = {t}": (ops.of_layers(t), 0.85, 0.75) for t in sizes["layers"]}
     for what, (op, *asked) in bandwidth.items():
-        for direction, task in enumerate(tasks):
+        for task, least in zip(tasks, asked, strict=True):
             prepare = functools.partial(
-                ops.prepare, op, shape, torch.bfloat16, "channels_last", direction, False, alone=True
+                ops.prepare, op, shape, torch.bfloat16, "channels_last", task, False, alone=True
             )
-            yield row(what, task, shape, asked[direction], "of copy", "copy", prepare)
+            yield row(what, task, shape, least, "of copy", "copy", prepare)
     for what in ("gap_dsu", "refresh_gates"):
         for c, side in sizes["channels"].items():
             for direction, task in enumerate(tasks):

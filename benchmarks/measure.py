@@ -1,6 +1,9 @@
 """How everything is measured: rivals in turn, A B A B, so that a machine that drifts does so for all of them."""
 
+import functools
 import itertools
+import math
+import mmap
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -8,14 +11,17 @@ from statistics import median
 
 import numpy as np
 import torch
-from torch import Tensor
 
 Function = Callable[[], object]
 
 #: Rounds of a row, however long one takes, and as many as fit into the budget.
-MIN_ROUNDS, MAX_ROUNDS = 5, 50
+MIN_ROUNDS, MAX_ROUNDS = 5, 100
 #: A sample is as many calls as take this long, so that the clock's own grain does not count.
 SAMPLE_S = 1e-3
+#: The calls of an op go round sets of arguments of so many bytes together, more than caches hold, but at most so many.
+BEYOND_CACHES, MAX_SETS = 2**28, 64
+#: Bytes of the copies and side of the products that the limits are taken from.
+LARGE = {"cpu": (2**28, 1024), "cuda": (2**30, 4096)}
 
 
 class Wrong(Exception):
@@ -67,20 +73,37 @@ def seconds_of(function: Function, calls: int, device: torch.device) -> float:
     return (time.perf_counter() - begin) / calls
 
 
-def interleaved(rivals: dict[str, Function], device: torch.device, budget_s: float) -> dict[str, list[float]]:
-    """Seconds a call of every rival in every round, after a warm-up of each."""
-    calls = {}
+def interleaved(
+    rivals: dict[str, Function], device: torch.device, budget_s: float
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds a call of every rival in every round, after a warm-up of each, and why some could not run.
+
+    The first rival must run; one of the others that fails in its warm-up (``torch.compile`` where there is no compiler)
+    is left out.
+    """
+    calls, failed = {}, {}
     for name, function in rivals.items():
-        function()
-        once = min(seconds_of(function, 1, device) for _ in range(2))
+        try:
+            function()
+            once = min(seconds_of(function, 1, device) for _ in range(2))
+        except Exception as error:
+            if not calls:
+                raise
+            failed[name] = reason(error)
+            continue
         calls[name] = max(1, round(SAMPLE_S / once))
-    samples = {name: [] for name in rivals}
+    samples = {name: [] for name in calls}
     begin = time.perf_counter()
     for done in itertools.count(1):
-        for name, function in rivals.items():
-            samples[name].append(seconds_of(function, calls[name], device))
+        for name, values in samples.items():
+            values.append(seconds_of(rivals[name], calls[name], device))
         if done == MAX_ROUNDS or (done >= MIN_ROUNDS and time.perf_counter() - begin > budget_s):
-            return samples
+            return samples, failed
+
+
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
 
 
 def percentiles(samples: Sequence[float]) -> dict[str, float]:
@@ -88,39 +111,70 @@ def percentiles(samples: Sequence[float]) -> dict[str, float]:
     return {"p20": p20, "p50": p50, "p80": p80, "rounds": len(samples)}
 
 
+def over_ours(samples: dict[str, list[float]]) -> dict[str, float]:
+    """Each rival's time over that of the first: the median of the rounds' ratios.
+
+    Both of a round meet the same machine, so what drifts from round to round is in neither; in the ratio of two medians
+    it is.
+    """
+    ours, *_ = samples.values()
+    return {name: float(np.median(np.divide(values, ours))) for name, values in samples.items()}
+
+
 def limits(device: torch.device) -> dict[str, float]:
-    """What this machine can do: bytes a second of a copy beyond all caches, and FLOPs a second of a product."""
-    copy = copy_of(torch.empty(2**28 if device.type == "cuda" else 2**26, device=device))
-    left, right = torch.randn(2, 4096 if device.type == "cuda" else 1024, 4096 if device.type == "cuda" else 1024)
-    left, right = left.to(device), right.to(device)
-    flops = 2 * left.shape[0] ** 3
-    times = interleaved({"copy": copy, "product": lambda: left @ right}, device, 2.0)
-    return {
-        "copy_bytes_per_s": 2 * 4 * (2**28 if device.type == "cuda" else 2**26) / median(times["copy"]),
-        "flops_per_s": flops / median(times["product"]),
+    """What this machine can do: bytes a second of a copy and of a sum beyond all caches, FLOPs a second of a product.
+
+    On a CPU also the bytes a second of a copy into memory that the system hands out page by page.
+    """
+    large, side = LARGE[device.type]
+    source = torch.ones(large // 4, device=device)
+    target = torch.ones_like(source)
+    left, right = torch.randn(2, side, side).to(device)
+    rivals = {"copy": lambda: target.copy_(source), "read": source.sum, "product": lambda: left @ right}
+    if device.type == "cpu" and hasattr(mmap, "MAP_PRIVATE"):
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        rivals["fresh copy"] = lambda: torch.frombuffer(mmap.mmap(-1, large, flags), dtype=torch.float32).copy_(source)
+    times = {name: median(s) for name, s in interleaved(rivals, device, 2.0)[0].items()}
+    found = {
+        "copy_bytes_per_s": 2 * large / times["copy"],
+        "read_bytes_per_s": large / times["read"],
+        "flops_per_s": 2 * side**3 / times["product"],
     }
+    return found | ({"fresh_copy_bytes_per_s": 2 * large / times["fresh copy"]} if "fresh copy" in times else {})
 
 
-def copy_of(x: Tensor) -> Function:
-    target = torch.empty_like(x)
-    return lambda: target.copy_(x)
+def read_and_copy(nbytes: int, device: torch.device) -> dict[str, Function]:
+    """What any op on maps of this size can at best do: sum a map, and copy one into a new tensor."""
+    sources = [torch.ones(max(1, nbytes // 4), device=device) for _ in range(sets_of(2 * nbytes))]
+    return {"read": rotating([x.sum for x in sources]), "copy": rotating([x.clone for x in sources])}
+
+
+def sets_of(nbytes: int) -> int:
+    """How many sets of arguments a call that moves so many bytes goes round, so that none is still in a cache."""
+    return min(MAX_SETS, max(1, math.ceil(BEYOND_CACHES / nbytes))) if nbytes else 1
 
 
 def rotating(functions: Iterable[Function]) -> Function:
-    """Each of the functions in turn, so that on a GPU no call finds its arguments in a cache."""
+    """Each of the functions in turn."""
     turn = itertools.cycle(functions)
     return lambda: next(turn)()
 
 
-def graphed(build: Callable[[], Function], calls: int = 1) -> Function:
-    """So many calls of what ``build`` returns as one CUDA graph: without what its launches cost the host.
+def at_first_call(make: Callable[[], Function]) -> Function:
+    """What ``make`` gives, made when it is first called: what fails then fails as this rival's warm-up."""
+    made = functools.cache(make)
+    return lambda: made()()
 
-    It is built on the stream that is captured, as a backward pass runs where its forward has run.
+
+def graphed(make: Callable[[], Function], calls: int = 1) -> Function:
+    """So many calls of what ``make`` gives as one CUDA graph: without what its launches cost the host.
+
+    It is made on the stream that is captured, as a backward runs on the stream of its forward.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        function = build()
+        function = make()
         for _ in range(3):
             function()
     torch.cuda.current_stream().wait_stream(stream)

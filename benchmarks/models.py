@@ -20,7 +20,24 @@ SIZES = {
     "cpu": (((20, 56, 110), 32, 32), ((50, 101), 4, 224)),
     "cuda": (((20, 56, 110), 128, 32), ((50, 101), 256, 224)),
 }
-SHORT = ("resnet20_mrla_l", "resnet20_dla_l", "resnet20_dla_b", "resnet110_dla_l", "resnet110_dla_b", "resnet50_dla_l")
+#: A short run's. It measures the eager forms of those of depth 20 alone, the literal DLA-B-110 takes seconds a step.
+SHORT = (
+    *(f"resnet20_{interaction}" for interaction in INTERACTIONS),
+    "resnet110_dla_l",
+    "resnet110_dla_b",
+    "resnet50_dla_l",
+)
+#: What the time over the plain network's is to be at most.
+GOALS = {
+    "cpu": {
+        "resnet20_dla_l": {"train step": 1.35, "inference": 1.30},
+        "resnet110_dla_l": {"train step": 1.40, "inference": 1.30},
+        "resnet20_dla_b": {"train step": 1.35, "inference": 1.45},
+        "resnet110_dla_b": {"train step": 1.60, "inference": 1.70},
+        "resnet50_dla_l": {"train step": 1.15, "inference": 1.12},
+    },
+    "cuda": {"resnet50_dla_l": {"train step": 1.15}},
+}
 MODELS = {
     device: {
         f"resnet{depth}_{interaction}": (batch, size)
@@ -45,10 +62,11 @@ def build(name: str) -> tuple[nn.Module, nn.Module]:
 
 def prepare(name, batch, size, task, eager, compiled, device) -> Prepared:
     torch.manual_seed(0)
-    network, plain = build(name)
+    network, plain = (n.to(device) for n in build(name))
     models = {"fused": network, "plain": plain}
     has_literal = "+" not in name  # a literal form looks into the blocks
-    networks.check(network, torch.randn(2, 3, min(size, 64), min(size, 64)), ("literal",) if has_literal else ())
+    small = torch.randn(2, 3, min(size, 64), min(size, 64), device=device)
+    networks.check(network, small, task, ("literal",) if has_literal else ())
     x, y = torch.randn(batch, 3, size, size, device=device), torch.randint(10, (batch,), device=device)
     if eager:
         models["reference"] = networks.On(network, "reference")
@@ -56,11 +74,15 @@ def prepare(name, batch, size, task, eager, compiled, device) -> Prepared:
             models["literal"] = networks.literal_form(network)
     if device.type == "cuda":
         x = x.contiguous(memory_format=torch.channels_last)
-        models = {n: m.to(device, memory_format=torch.channels_last) for n, m in models.items()}
+        models = {n: m.to(memory_format=torch.channels_last) for n, m in models.items()}
     if compiled:
         torch._dynamo.reset()
-        models |= {f"compiled {n}": torch.compile(models[n]) for n in ("plain", "reference")}
-    return Prepared({n: autocast(networks.TASKS[task](m, x, y), device) for n, m in models.items()})
+        models |= {f"compiled {n}": torch.compile(m) for n, m in models.items()}
+    goal = GOALS[device.type].get(name, {}).get(task)
+    return Prepared(
+        {n: autocast(networks.TASKS[task](m, x, y), device) for n, m in models.items()},
+        {} if goal is None else {"goal": goal},
+    )
 
 
 def autocast(function, device: torch.device):
@@ -100,5 +122,6 @@ def rows(device: torch.device, full: bool = False, models: Sequence[str] = ()) -
         batch, size = batch_and_size(name, device)
         for task in networks.TASKS:
             labels = {"model": name, "batch": batch, "image": size, "": task}
-            row = functools.partial(prepare, name, batch, size, task, full or bool(models), full)
+            eager = full or bool(models) or name.startswith("resnet20_")
+            row = functools.partial(prepare, name, batch, size, task, eager, full)
             yield Row("models", labels, "plain", row)

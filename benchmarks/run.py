@@ -1,11 +1,11 @@
 """Runs rows one after the other and keeps what was measured in a file, so that a run can stop and go on."""
 
+import contextlib
 import datetime
 import json
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 import dla_kernels
 from dla.benchmarks import blocks, depth, floors, launches, measure, models, ops
 from dla.benchmarks.measure import Row
+from dla_kernels import native
 
 #: The questions, in the order in which they are asked.
 QUESTIONS = {
@@ -25,7 +26,7 @@ QUESTIONS = {
     "floors": floors.rows,
 }
 #: Seconds for the rounds of a row, in a short run and in a full one.
-BUDGET_S, FULL_BUDGET_S = 1.5, 5.0
+BUDGET_S, FULL_BUDGET_S = 1.2, 5.0
 
 
 def rows_of(
@@ -38,13 +39,19 @@ def rows_of(
     """The rows of some questions, by default of all, or of those that the ops and models given belong to.
 
     Raises:
-        ValueError: an unknown question, op or model.
+        ValueError: an unknown question, op or model, or an op or model beside questions that it does not belong to.
     """
     for question in questions:
         if question not in QUESTIONS:
             raise ValueError(f"`question` must be one of {', '.join(QUESTIONS)}, got {question!r}")
     given = {name: {name: names} for name, names in (("ops", ops), ("models", models)) if names}
     asked = list(questions) or list(given or QUESTIONS)
+    for question in given:
+        if question not in asked:
+            raise ValueError(
+                f"`{question.removesuffix('s')}` belongs to the question {question}, which is not among "
+                f"{', '.join(asked)}"
+            )
     return [row for question in asked for row in QUESTIONS[question](device, full, **given.get(question, {}))]
 
 
@@ -78,28 +85,39 @@ def slug(device: torch.device) -> str:
     return re.sub(r"\W+", "-", device_name(device).lower()).strip("-")
 
 
-def environment(device: torch.device, command: str = "dla bench") -> dict[str, str]:
+def environment(device: torch.device, command: str = "dla bench", kept_memory: bool = False) -> dict[str, str]:
     """What a result depends on beside the rows themselves."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
     found = {
         "device": device_name(device),
         "dla-kernels": dla_kernels.__version__,
-        "commit": commit or _build_info().get("commit", "unknown"),
+        "commit": native.commit()[:12] + "-dirty" * native.commit().endswith("-dirty"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command,
+        "memory": "kept between calls" if kept_memory or device.type == "cuda" else "as the C library hands it out",
     }
-    return found | {k: v for k, v in _build_info().items() if k in ("compiler", "instruction_set", "cuda")}
-
-
-def _build_info() -> dict[str, str]:
     try:
-        return dla_kernels.build_info()
+        info = dla_kernels.build_info()
     except RuntimeError as error:
-        return {"compiler": f"none: {error}"}
+        info = {"compiler": f"none: {error}"}
+    return found | {k: v for k, v in info.items() if k in ("compiler", "instruction_set", "cuda")}
+
+
+def load(path: Path) -> dict:
+    """A run's results.
+
+    Raises:
+        ValueError: the file is not there or not of a run.
+    """
+    try:
+        results = json.loads(path.read_text())
+        results["environment"]["device"], results["limits"]
+        for row in results["rows"]:
+            row["name"], row.get("error") or (row["seconds"], row["over_ours"], row["facts"], row["base"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no results of `dla bench` ({type(error).__name__}: {error})") from error
+    return results
 
 
 class Run:
@@ -109,43 +127,65 @@ class Run:
         results: ``environment``, ``limits`` and ``rows``, as they stand in the file.
     """
 
-    def __init__(self, path: Path, device: torch.device, resume: bool = False, command: str = "dla bench"):
-        """Raises ValueError where a run that is to go on was another device's or version's."""
+    def __init__(
+        self,
+        path: Path,
+        device: torch.device,
+        resume: bool = False,
+        command: str = "dla bench",
+        kept_memory: bool = False,
+    ):
+        """Raises ValueError where a run that is to go on is damaged, or of another device, version or setting."""
         self.path, self.device = path, device
-        self.results = {"environment": environment(device, command), "limits": None, "rows": []}
+        self.results = {"environment": environment(device, command, kept_memory), "limits": None, "rows": []}
         if resume and path.exists():
-            before = json.loads(path.read_text())
-            for name in ("device", "dla-kernels", "commit", "torch"):
-                was, now = before["environment"][name], self.results["environment"][name]
-                if was != now:
-                    raise ValueError(f"`resume`: {path} is of {name} {was}, this is {now}")
+            before = load(path)
+            now = self.results["environment"]
+            for name in ("device", "dla-kernels", "commit", "torch", "memory"):
+                was = before["environment"].get(name)
+                if was != now[name]:
+                    raise ValueError(f"`resume`: {path} is of {name} {was}, this is {now[name]}")
+            commands = before["environment"]["command"].split("; ")
+            before["environment"]["command"] = "; ".join(dict.fromkeys([*commands, command]))
             self.results = before
+
+    @property
+    def previous(self) -> Path:
+        """Where the run goes that stood in the file before this one."""
+        return self.path.with_suffix(".previous.json")
 
     def measure(self, rows: Iterable[Row], budget_s: float, on_row: Callable[[Row], None] = lambda row: None) -> None:
         """Measures the rows that are not there yet; ``on_row`` hears of each before it."""
-        if self.results["limits"] is None:
-            self.results["limits"] = measure.limits(self.device)
-            self.save()
-        done = {row["name"] for row in self.results["rows"] if "error" not in row}
-        for row in rows:
-            on_row(row)
-            if row.name in done:
-                continue
-            self.results["rows"] = [r for r in self.results["rows"] if r["name"] != row.name]
-            self.results["rows"].append(self.one(row, budget_s))
-            self.save()
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            if self.results["limits"] is None:
+                self.results["limits"] = measure.limits(self.device)
+                if self.path.exists():
+                    os.replace(self.path, self.previous)
+                self.save()
+            done = {row["name"] for row in self.results["rows"] if "error" not in row}
+            for row in rows:
+                on_row(row)
+                if row.name in done:
+                    continue
+                self.results["rows"] = [r for r in self.results["rows"] if r["name"] != row.name]
+                self.results["rows"].append(self.one(row, budget_s))
+                self.save()
 
     def one(self, row: Row, budget_s: float) -> dict:
+        """What was measured, or the error that kept a row from being measured: the others do not suffer from it."""
         found = {"question": row.question, "name": row.name, "labels": row.labels, "base": row.base}
         try:
             prepared = row.prepare(self.device)
-            samples = measure.interleaved(prepared.rivals, self.device, budget_s)
+            samples, failed = measure.interleaved(prepared.rivals, self.device, budget_s)
         except measure.Wrong as error:
-            return found | {"error": str(error)}
-        except RuntimeError as error:  # not enough memory, say: the other rows need not wait for it
-            return found | {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+            return found | {"error": f"WRONG: {error}"}
+        except Exception as error:
+            return found | {"error": measure.reason(error)}
+        if row.base in failed:
+            return found | {"error": f"{row.base}: {failed[row.base]}"}
         times = {name: measure.percentiles(s) for name, s in samples.items()}
-        return found | {"seconds": times, "facts": prepared.facts}
+        found |= {"seconds": times, "over_ours": measure.over_ours(samples), "facts": prepared.facts}
+        return found | ({"failed": failed} if failed else {})
 
     def save(self) -> None:
         whole = self.path.with_suffix(".part")

@@ -25,11 +25,8 @@ std::string compiler() {
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The native library of dla_kernels.";
     m.def("build_info", [] {
-        return std::map<std::string, std::string>{{"version", DLA_VERSION},
-                                                  {"commit", DLA_COMMIT},
-                                                  {"torch", DLA_TORCH},
-                                                  {"compiler", compiler()},
-                                                  {"flags", DLA_FLAGS}};
+        return std::map<std::string, std::string>{
+            {"version", DLA_VERSION}, {"torch", DLA_TORCH}, {"compiler", compiler()}, {"flags", DLA_FLAGS}};
     });
     m.def("instruction_sets", &dla::runnable_isas, "The instruction sets that kernels can use here, best last.");
     m.def("instruction_set", &dla::active_isa_name, "The one they use.");

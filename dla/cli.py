@@ -104,7 +104,7 @@ def train(
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
     """Train a model. OUT gets last.ckpt after every epoch, best.ckpt, and version_N/metrics.csv."""
-    from dla import training
+    from dla import keep_memory, training
     from dla.data import ImageData, open_sets
 
     training.quiet_lightning()
@@ -152,6 +152,7 @@ def train(
         )
         batch_size, seed = classifier.recipe.batch_size, classifier.hparams.seed
         images = ImageData(sets, batch_size, trainer.world_size, _workers(workers, data), seed)
+    keep_memory()
     trainer.fit(classifier, images, ckpt_path=resume, weights_only=True)
     if trainer.is_global_zero:
         _report(trainer.callback_metrics)
@@ -211,7 +212,7 @@ def train_detection(
 ) -> None:
     """Train a detector on COCO or data laid out like it, by default as the paper does. OUT is as of `train`."""
     with bad_input():
-        from dla import training
+        from dla import keep_memory, training
         from dla.detection.data import CocoData, open_coco
         from dla.detection.training import COCO, Detector, load_detector
 
@@ -265,6 +266,7 @@ def train_detection(
             **_given({"limit_train_batches": limit_train_batches, "limit_val_batches": limit_val_batches}),
         )
         images = CocoData(sets, detector.recipe.batch_size, trainer.world_size, workers, detector.hparams.seed)
+    keep_memory()
     trainer.fit(detector, images, ckpt_path=resume, weights_only=True)
     if trainer.is_global_zero:
         _report(trainer.callback_metrics, [f"{name}{end}" for name in detector.scores.values() for end in ("", "50")])
@@ -348,6 +350,9 @@ def bench(
     full: Annotated[bool, typer.Option("--full", help="Every size, dtype, layout and model; hours on a CPU.")] = False,
     out: Annotated[Path, typer.Option(help="A folder named after the device is made in it.")] = Path("bench"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that OUT holds.")] = False,
+    keep_memory: Annotated[
+        bool, typer.Option(help="Keep freed memory of the CPU in the process, as `dla train` does.")
+    ] = True,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(help="Show what changed between two runs; exit status 1 past the threshold.", show_default=False),
@@ -357,10 +362,11 @@ def bench(
     """Measure the kernels, blocks and models on this machine: tables, pictures and bench.json in OUT/DEVICE."""
     with bad_input():
         from dla.benchmarks import report, run
+        from dla.memory import keep_memory as keep
         from dla.training import writable_folder
 
         if compare is not None:
-            raise typer.Exit(_compare(*map(report.load, compare), threshold))
+            raise typer.Exit(_compare(*compare, threshold))
         where = run.find_device(device)
         rows = run.rows_of(questions or [], where, full, op or [], model or [])
         folder = writable_folder(out / run.slug(where))
@@ -368,9 +374,12 @@ def bench(
             *(questions or []),
             *(w for o in op or [] for w in ("--op", o)),
             *(w for m in model or [] for w in ("--model", m)),
+            *(["--device", device] if device != "auto" else []),
+            *(["--full"] if full else []),
+            *(["--no-keep-memory"] if not keep_memory else []),
         ]
-        command = shlex.join(["dla", "bench", *chosen, *(["--full"] if full else [])])
-        session = run.Run(folder / "bench.json", where, resume, command)
+        kept = keep_memory and keep()
+        session = run.Run(folder / "bench.json", where, resume, shlex.join(["dla", "bench", *chosen]), kept)
     console = Console()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     try:
@@ -382,28 +391,41 @@ def bench(
                 lambda row: progress.update(task, advance=1, description=row.name),
             )
     except KeyboardInterrupt:
-        typer.echo(f"stopped; {folder / 'bench.json'} keeps what was measured, --resume goes on", err=True)
+        measured = f"{session.path} keeps what was measured, --resume goes on"
+        typer.echo(f"stopped; {measured if session.results['rows'] else 'nothing was measured yet'}", err=True)
         raise typer.Exit(130) from None
-    console.print(report.limits_line(session.results))
+    console.print(report.limits_line(session.results), highlight=False)
     console.print(*report.tables(session.results))
+    for note in report.notes(session.results):
+        console.print(note, markup=False, highlight=False)
     paths = report.write(session.results, folder)
     typer.echo(f"written to {folder}: {', '.join(path.name for path in (session.path, *paths))}")
+    if session.previous.exists():
+        typer.echo(
+            f"what changed: {shlex.join(['dla', 'bench', '--compare', *map(str, (session.previous, session.path))])}"
+        )
     if any("error" in row for row in session.results["rows"]):
         raise typer.Exit(1)
 
 
-def _compare(before: dict, after: dict, threshold: float) -> int:
-    from dla.benchmarks import report
+def _compare(before: Path, after: Path, threshold: float) -> int:
+    from dla.benchmarks import report, run
 
-    rows = report.compare(before, after)
-    changed = [(name, a, b) for name, a, b in rows if abs(b / a - 1) > threshold]
-    table = Table("", "before", "after", "change", title="Time over the base's, where it changed")
-    for name, a, b in sorted(changed, key=lambda row: row[1] / row[2]):
-        table.add_row(name, f"{a:.3g}", f"{b:.3g}", f"{b / a - 1:+.0%}", style="red" if b > a else "green")
-    if changed:
+    runs = [run.load(path) for path in (before, after)]
+    changes, common = report.compare(*runs, threshold)
+    console = Console(soft_wrap=True)
+    for name, results in zip(("before", "after"), runs, strict=True):
+        console.print(f"{name}: {report.limits_line(results)}", markup=False, highlight=False)
+    if changes:
+        table = Table("", "", "before", "after", "change", title=f"What changed by more than {threshold:.0%}")
+        for change in sorted(changes, key=lambda c: not c.worse):
+            table.add_row(*change[:-1], style="red" if change.worse else "green")
         Console().print(table)
-    typer.echo(f"{len(rows) - len(changed)} of {len(rows)} rows within {threshold:.0%}")
-    return int(any(b > a for _, a, b in changed))
+    typer.echo(f"{common - len({c.name for c in changes})} of {common} rows within {threshold:.0%}")
+    for name, one, other in zip(("before", "after"), runs, reversed(runs), strict=True):
+        if alone := len({r["name"] for r in one["rows"]} - {r["name"] for r in other["rows"]}):
+            typer.echo(f"{alone} rows {name} only")
+    return int(any(change.worse for change in changes))
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -103,6 +103,14 @@ def _library_op(name: str, fake: Callable) -> Callable:
     return getattr(torch.ops.dla_kernels, name).default
 
 
+def commit() -> str:
+    """The commit that was installed; "unknown" where it was not installed from one."""
+    try:
+        return Path(__file__).with_name("commit.txt").read_text()
+    except OSError:
+        return "unknown"
+
+
 def build_info() -> dict[str, str]:
     """How the native library was built, and which instruction set its kernels use here.
 
@@ -114,6 +122,7 @@ def build_info() -> dict[str, str]:
     from dla_kernels import _C
 
     info = _C.build_info() | {
+        "commit": commit(),
         "instruction_sets": " ".join(_C.instruction_sets()),
         "instruction_set": _C.instruction_set(),
     }

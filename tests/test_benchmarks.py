@@ -1,16 +1,24 @@
 """The benchmarks' own machinery: what is measured in which order, kept, resumed, compared, drawn and quoted."""
 
 import copy
+import importlib
+import io
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from dla import cli
 from dla.benchmarks import blocks, depth, floors, launches, measure, models, networks, ops, report, run
 from dla.benchmarks.measure import Prepared, Row, Wrong
+from dla_kernels import native
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -43,6 +51,9 @@ def results(tmp_path_factory):
         patch.setattr(blocks, "SHAPES", {"cpu": ([(2, 32, 4)], [])})
         patch.setattr(depth, "SHAPES", {"cpu": (2, 32, 4)})
         patch.setattr(depth, "DEPTHS", (2, 4))
+        patch.setattr(ops, "BEYOND_CACHE", 2 * 32 * 4 * 4 * 4)
+        patch.setattr(measure, "BEYOND_CACHES", 2**16)
+        patch.setattr(measure, "LARGE", {"cpu": (2**20, 64)})
         patch.setattr(models, "SHORT", ("resnet20_dla_l",))
         patch.setitem(models.MODELS["cpu"], "resnet20_dla_l", (2, 32))
         patch.setattr(floors, "SIZES", {"cpu": SMALL_FLOORS})
@@ -53,13 +64,62 @@ def results(tmp_path_factory):
     return session.results
 
 
+@pytest.fixture(autouse=True)
+def limits(monkeypatch):
+    """Known beforehand, as to measure them takes seconds; ``results`` has this machine's."""
+    found = {"copy_bytes_per_s": 1e10, "read_bytes_per_s": 1e10, "flops_per_s": 1e11}
+    monkeypatch.setattr(measure, "limits", lambda device: found)
+
+
 def test_rivals_take_turns(monkeypatch):
     monkeypatch.setattr(measure, "SAMPLE_S", 0)
     seen = []
-    samples = measure.interleaved({name: lambda n=name: seen.append(n) for name in "ab"}, CPU, 0)
+    samples, failed = measure.interleaved({name: lambda n=name: seen.append(n) for name in "ab"}, CPU, 0)
+    assert not failed
     warm = 3  # calls of each before
     assert "".join(seen) == "a" * warm + "b" * warm + "ab" * measure.MIN_ROUNDS
     assert [len(s) for s in samples.values()] == [measure.MIN_ROUNDS] * 2
+
+
+def fail():
+    raise RuntimeError("no compiler\nat all")
+
+
+def test_rival_that_fails_is_left_out_and_named(tmp_path):
+    rivals = {"fused": lambda: None, "compiled": fail, "plain": lambda: None}
+    samples, failed = measure.interleaved(rivals, CPU, 0)
+    assert list(samples) == ["fused", "plain"]
+    assert failed == {"compiled": "RuntimeError: no compiler"}
+    session = run.Run(tmp_path / "bench.json", CPU)
+    rows = [
+        make_row("one", lambda device: Prepared({"fused": lambda: None, "plain": lambda: None, "literal": fail})),
+        make_row("no base", lambda device: Prepared({"fused": lambda: None, "plain": fail})),
+        make_row("not ours", lambda device: Prepared({"fused": fail, "plain": lambda: None})),
+    ]
+    session.measure(rows, 0)
+    one, *others = session.results["rows"]
+    assert one["failed"] == {"literal": "RuntimeError: no compiler"}
+    assert report.cells([one], "blocks")[0][2][0][-1] == "failed"
+    assert report.notes(session.results)[-1] == "literal failed: RuntimeError: no compiler"
+    times = one["seconds"]["fused"]
+    times["p80"] = times["p20"] + times["p50"]
+    assert "1 of 1 rows spread by more than 25%: the machine was busy." in report.notes(session.results)
+    assert [row["error"] for row in others] == ["plain: RuntimeError: no compiler", "RuntimeError: no compiler"]
+
+
+def test_ratio_is_that_of_a_round():
+    """A machine that is twice as slow in every second round changes nothing."""
+    samples = {"ours": [1, 2, 1, 2, 1], "rival": [3, 6, 3, 6, 3]}
+    assert measure.over_ours(samples) == {"ours": 1, "rival": 3}
+
+
+def test_arguments_come_from_memory():
+    assert measure.sets_of(0) == 1
+    assert measure.sets_of(measure.BEYOND_CACHES) == 1
+    assert measure.sets_of(measure.BEYOND_CACHES // 4) == 4
+    assert measure.sets_of(1) == measure.MAX_SETS
+    turn = measure.rotating([lambda: 1, lambda: 2])
+    assert [turn() for _ in range(3)] == [1, 2, 1]
 
 
 def test_percentiles():
@@ -87,6 +147,35 @@ def test_run_keeps_every_row_and_goes_on(tmp_path):
     assert [r["labels"]["stage"] for r in json.loads(path.read_text())["rows"]] == ["first", "stop", "last"]
 
 
+def test_a_new_run_keeps_the_one_before(tmp_path):
+    path = tmp_path / "bench.json"
+    for name in ("first", "second"):
+        session = run.Run(path, CPU)
+        session.measure([make_row(name, sleepers)], 0)
+    assert json.loads(session.previous.read_text())["rows"][0]["labels"]["stage"] == "first"
+    assert json.loads(path.read_text())["rows"][0]["labels"]["stage"] == "second"
+
+
+def test_resume_names_all_commands(tmp_path):
+    path = tmp_path / "bench.json"
+    for command in ("dla bench ops", "dla bench blocks", "dla bench ops"):
+        session = run.Run(path, CPU, resume=True, command=command)
+        session.measure([make_row(command, sleepers)], 0)
+    assert run.load(path)["environment"]["command"] == "dla bench ops; dla bench blocks"
+
+
+def test_resume_refuses_a_damaged_run(tmp_path):
+    path = tmp_path / "bench.json"
+    path.write_text('{"rows": [')
+    with pytest.raises(ValueError, match=r"bench.json holds no results of `dla bench` \(JSONDecodeError"):
+        run.Run(path, CPU, resume=True)
+
+
+def test_commit_is_that_of_the_installed_package(monkeypatch):
+    monkeypatch.setattr(run.native, "commit", lambda: "0123456789abcdef" * 2 + "01234567-dirty")
+    assert run.environment(CPU)["commit"] == "0123456789ab-dirty"
+
+
 def test_resume_refuses_another_commit(tmp_path):
     path = tmp_path / "bench.json"
     run.Run(path, CPU).measure([], 0)
@@ -100,20 +189,21 @@ def test_resume_refuses_another_commit(tmp_path):
 def test_no_number_on_a_wrong_op(tmp_path, monkeypatch):
     right = ops.OPS["norm_residual"]
 
-    def build(maps, vectors, b, c, backend):
-        call, arguments = right.build(maps, vectors, b, c, backend)
+    def build(maps, vectors, b, c, backend, training):
+        call, arguments = right.build(maps, vectors, b, c, backend, training)
         factor = 1.001 if backend == "native" else 1
         return lambda *a: [out * factor for out in call(*a)], arguments
 
     monkeypatch.setitem(ops.OPS, "norm_residual", right._replace(build=build))
     monkeypatch.setattr(ops, "SHAPES", {"cpu": ([(2, 32, 4, 4)], [])})
-    monkeypatch.setattr(ops, "available", lambda device: ["native"])
+    monkeypatch.setattr(ops, "available", lambda device: ("native",))
     session = run.Run(tmp_path / "bench.json", CPU)
     session.measure(run.rows_of([], CPU, ops=["norm_residual"]), 0)
     for row in session.results["rows"]:
-        assert "native: result 0 is off by 1.0e-03" in row["error"]
+        assert "WRONG: native: result 0 is off by 1.0e-03" in row["error"]
         assert "seconds" not in row
     assert "WRONG: native" in report.markdown(session.results, [])
+    assert all(len(table.rows) == 3 for table in report.tables(session.results))
     report.write(session.results, tmp_path)
 
 
@@ -128,25 +218,89 @@ def test_a_row_that_fails_does_not_end_the_run(tmp_path):
     assert "seconds" in second
 
 
-def test_wrong_network_gets_no_number(monkeypatch):
+@pytest.mark.skipif(native.ERROR is not None, reason=str(native.ERROR))
+def test_wrong_backward_is_seen(monkeypatch):
+    module = importlib.import_module("dla_kernels.ops.norm_residual.function")
+    right = module.BACKENDS["native"]
+
+    def shifted(*args):
+        grad_x, grad_o = right.backward(*args)
+        return grad_x, grad_o + 1e-3 * grad_o.std()
+
+    what = ops.OPS["norm_residual"], (3, 32, 4, 4), torch.float32, "NCHW", CPU, ("native",), True
+    assert ops.wrong(*what) is None
+    ops.wrong.cache_clear()
+    monkeypatch.setitem(module.BACKENDS, "native", SimpleNamespace(**{**right.__dict__, "backward": shifted}))
+    assert "native: result" in ops.wrong(*what)
+    ops.wrong.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", ops.DTYPES)
+@pytest.mark.parametrize("layout", ops.LAYOUTS)
+def test_right_ops_pass_in_every_dtype_and_layout(dtype, layout):
+    """A false alarm would take the numbers of a right op away."""
+    for name, op in ops.OPS.items():
+        for training in (True, False)[: 1 if op.inference is None else 2]:
+            what = op, (2, 64, 8, 8), ops.DTYPES[dtype], layout, CPU, ops.available(CPU), training
+            assert ops.wrong(*what) is None, name
+
+
+@pytest.mark.parametrize("task", networks.TASKS)
+def test_wrong_network_gets_no_number(monkeypatch, task):
     stage = blocks.build(32, "dla_l", 2)
-    networks.check(stage, torch.randn(2, 32, 4, 4))
+    networks.check(stage, torch.randn(2, 32, 4, 4), task)
     monkeypatch.setattr(networks.literal, "light_stage", lambda stage, x: x)
     with pytest.raises(Wrong, match="its output differs from the literal form's by"):
-        networks.check(stage, torch.randn(2, 32, 4, 4))
+        networks.check(stage, torch.randn(2, 32, 4, 4), task)
+
+
+@pytest.mark.skipif(native.ERROR is not None, reason=str(native.ERROR))
+@pytest.mark.parametrize(("dtype", "words"), [(torch.float64, "its gradient differs"), (torch.float32, "in float32")])
+def test_network_on_a_wrong_kernel_gets_no_number(monkeypatch, dtype, words):
+    """A backward that is wrong, and a forward that is wrong in the dtype that is measured alone."""
+    module = importlib.import_module("dla_kernels.ops.norm_residual.function")
+    right = module.BACKENDS["native"]
+    name = "backward" if dtype == torch.float64 else "forward"
+
+    def wrong(first, second, *rest):
+        first_result, *others = getattr(right, name)(first, second, *rest)
+        factor = 1.001 if first.dtype == dtype else 1
+        return first_result * factor, *others
+
+    planted = SimpleNamespace(**{**right.__dict__, name: wrong})
+    monkeypatch.setitem(module.BACKENDS, "native", planted)
+    with pytest.raises(Wrong, match=words):
+        networks.check(blocks.build(32, "dla_l", 2), torch.randn(2, 32, 4, 4), "train step")
 
 
 def test_every_question_is_measured_and_drawn(results, tmp_path):
     assert {row["question"] for row in results["rows"]} == set(run.QUESTIONS)
     assert not [row["error"] for row in results["rows"] if "error" in row]
+    assert all(value > 1e6 for value in results["limits"].values())
+    assert set(results["limits"]) >= {"copy_bytes_per_s", "read_bytes_per_s", "fresh_copy_bytes_per_s", "flops_per_s"}
     assert {row["labels"]["op"] for row in results["rows"] if row["question"] == "ops"} == set(ops.OPS)
     paths = report.write(results, tmp_path)
     assert {p.name for p in paths} == {"bench.md", "roofline.png", "speedup.png", "depth.png"}
+    only_ops = {**results, "rows": [row for row in results["rows"] if row["question"] == "ops"]}
+    report.write(only_ops, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"bench.md", "roofline.png"}  # not an earlier run's pictures
+    report.write(results, tmp_path)
     assert all(p.stat().st_size > 5000 for p in paths if p.suffix == ".png")
     text = (tmp_path / "bench.md").read_text()
     for title in report.TITLES.values():
         assert f"## {title}" in text
-    assert len(report.tables(results)) == len(run.QUESTIONS)
+    # Of ops two shapes, of depth two interactions.
+    assert len(report.tables(results)) == len(run.QUESTIONS) + 2
+
+
+def test_tables_fit_into_a_terminal(results):
+    results = copy.deepcopy(results)
+    for row in results["rows"]:  # on a busy machine they may be of any length
+        row["over_ours"] = dict.fromkeys(row["over_ours"], 0.12)
+        row["seconds"] = {key: {"p20": 0.00912, "p50": 0.01, "p80": 0.01123} for key in row["seconds"]}
+    console = Console(width=80, file=io.StringIO())
+    console.print(*report.tables(results))
+    assert "…" not in console.file.getvalue()
 
 
 def test_the_facts(results):
@@ -154,7 +308,12 @@ def test_the_facts(results):
     rows = {row["name"]: row for row in results["rows"]}
     light = rows["ops light_update forward 2x32x4x4 float32 NCHW"]["facts"]
     assert light["map_bytes"] == 2 * 32 * 4 * 4 * 4
-    assert light["bytes"] == 6 * light["map_bytes"]
+    assert report.moved(rows["ops light_update forward 2x32x4x4 float32 NCHW"]) == 6 * light["map_bytes"]
+    assert light["goal"] == 0.8
+    assert "goal" not in rows["ops light_update forward 1x32x2x3 float32 NCHW"]["facts"]
+    assert rows["models resnet20_dla_l 2 32 train step"]["facts"]["goal"] == 1.35
+    directions = {row["labels"][""] for row in results["rows"] if row["labels"].get("op") == "light_update"}
+    assert directions == {"forward", "backward", "inference"}
     for few, many in ((rows[f"depth dla_b {n}"]["facts"] for n in (2, 4)),):
         assert many["saved, literal"] > few["saved, literal"] > few["saved, plain"] > 0
         assert all(many[f"peak, {form}"] > few[f"peak, {form}"] > 0 for form in ("fused", "literal", "plain"))
@@ -190,10 +349,21 @@ def test_every_floor_is_asked(results):
     assert {"what": "light_update", "": "forward", "at": "256x256x56x56"} in on_gpu
 
 
+def test_shares_of_a_copy_and_of_the_limit():
+    row = {
+        "facts": {"reads": 4, "writes": 2, "map_bytes": 10},
+        "seconds": {"native": {"p50": 12.0}},
+        "over_ours": {"native": 1, "read": 1 / 12, "copy": 3 / 12},
+    }
+    assert report.of_copy(row) == pytest.approx(6 / 2 * 3 / 12)
+    assert report.of_limit(row) == pytest.approx((4 * 1 + 2 * 2) / 12)
+    assert report.of_copy({**row, "facts": {"reads": 0, "writes": 0, "map_bytes": 10}}) is None
+
+
 def changed(results, factor):
     other = copy.deepcopy(results)
     row = next(r for r in other["rows"] if r["question"] == "blocks")
-    row["seconds"]["fused"]["p50"] *= factor
+    row["over_ours"]["plain"] /= factor
     return other
 
 
@@ -210,6 +380,20 @@ def test_compare(results, tmp_path, monkeypatch):
     n = len(results["rows"])
     assert f"{n} of {n} rows within 10%" in compare(paths[1]).output
     assert compare(paths[1], "--threshold", "0.01").exit_code == 1
+    other = copy.deepcopy(results)
+    other["rows"][0] = {k: other["rows"][0][k] for k in ("question", "name", "labels", "base")} | {"error": "WRONG: x"}
+    next(r for r in other["rows"] if r["question"] == "depth")["facts"]["saved, fused"] *= 2
+    del other["rows"][-1]
+    paths[1].write_text(json.dumps(other))
+    done = compare(paths[1])
+    assert done.exit_code == 1
+    assert "WRONG: x" in done.output
+    assert "saved, fused" in done.output
+    assert f"{n - 3} of {n - 1} rows within 10%" in done.output
+    assert "1 rows before only" in done.output
+    other["rows"] = []
+    paths[1].write_text(json.dumps(other))
+    assert "have no row in common" in compare(paths[1]).output
     missing = compare(tmp_path / "none.json")
     assert missing.exit_code == 2
     assert "holds no results of `dla bench`" in missing.output
@@ -218,11 +402,12 @@ def test_compare(results, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--op", "gap"], "`op` must be one of gap_dsu; refresh_gates; "),
+        (["--op", "gap"], "`op` must be one of gap_dsu, refresh_gates, "),
         (["--model", "vgg"], "`model` must be one of resnet20_mrla_l, "),
         (["--model", "resnet50d+vgg"], "`model` resnet50d+vgg: the interaction must be one of lii, "),
         (["--model", "vgg99+dla_l"], "`model` vgg99+dla_l: timm has no 'vgg99'; it has "),
         (["speed"], "`question` must be one of ops, blocks, models, depth, launches, floors, got 'speed'"),
+        (["blocks", "--op", "gap_dsu"], "`op` belongs to the question ops, which is not among blocks"),
         (["--device", "tpu"], "`device` must be auto or one of cpu"),
         (["--out", "/dev/null/x"], "`out` must be a folder that can be written, got /dev/null/x"),
     ],
@@ -242,7 +427,7 @@ def test_command(monkeypatch, tmp_path):
     folder = tmp_path / run.slug(CPU)
     assert {p.name for p in folder.iterdir()} == {"bench.json", "bench.md", "speedup.png"}
     environment = json.loads((folder / "bench.json").read_text())["environment"]
-    assert {"device", "dla-kernels", "commit", "torch", "date", "command"} <= set(environment)
+    assert {"device", "dla-kernels", "commit", "torch", "date", "command", "memory"} <= set(environment)
 
 
 def test_stopped_command_keeps_what_it_has(monkeypatch, tmp_path):
@@ -264,10 +449,23 @@ def test_documents_quote_the_results_on_record():
         assert report.quoted(text, ROOT / "benchmarks") == text
 
 
+def test_make_tables_runs_the_installed_package(tmp_path):
+    """From the root, where the source tree's `dla` has no benchmarks."""
+    command = re.search(r"^tables:.*\n\t\$\(BIN\)/python (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    for name in ("benchmarks", "dla"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/kernels.md"):
+        (tmp_path / name).write_text((ROOT / name).read_text().replace("| forward |", "| old |"))
+    subprocess.run([sys.executable, *command.split()], cwd=tmp_path, check=True)
+    for name in ("README.md", "docs/kernels.md"):
+        assert (tmp_path / name).read_text() == (ROOT / name).read_text()
+
+
 def test_quoting_takes_the_results(results, tmp_path):
     (tmp_path / "bench.json").write_text(json.dumps(results))
     text = report.quoted("a\n<!-- bench bench.json blocks -->\nold\n<!-- /bench -->\nb\n", tmp_path)
-    assert text.startswith("a\n<!-- bench bench.json blocks -->\n\n| stage |")
+    assert text.startswith("a\n<!-- bench bench.json blocks -->\n\n**2x32x4x4**\n\n| interaction |")
     assert text.endswith("|\n\n<!-- /bench -->\nb\n")
     assert report.quoted(text, tmp_path) == text
 

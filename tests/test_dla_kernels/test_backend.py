@@ -1,6 +1,7 @@
 """Which backend runs, and what is said when it cannot."""
 
 import importlib
+import re
 import subprocess
 import sys
 
@@ -128,6 +129,7 @@ def test_build_info():
     assert info["version"] == dla_kernels.__version__
     assert info["instruction_set"] in info["instruction_sets"].split()
     assert "-O3" in info["flags"]
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", info["commit"])
 
 
 @pytest.mark.parametrize(
