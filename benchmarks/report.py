@@ -170,7 +170,7 @@ COLUMNS: dict[str, dict[str, Callable[[dict], str]]] = {
     "floors": {
         **_MS,
         "reached": lambda row: f"{reached(row):.2f} {row['facts']['unit']}",
-        "asked": lambda row: f"{'at most' if row['facts']['is_most'] else 'at least'} {row['facts']['asked']:g}",
+        "asked": lambda row: f"{'≤' if row['facts']['is_most'] else '≥'} {row['facts']['asked']:g}",
         "launches": lambda row: str(row["facts"].get("launches", "")),
         "met": lambda row: "yes" if met(row) else "no",
     },

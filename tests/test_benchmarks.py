@@ -335,7 +335,7 @@ def test_peak_is_that_of_the_allocator():
 def test_every_floor_is_asked(results):
     """Each op's directions, the block and the networks, each in its unit, and the verdict of both kinds."""
     rows = [row for row in results["rows"] if row["question"] == "floors"]
-    headers, lines = report.cells(rows, "floors")
+    [(_, headers, lines)] = report.cells(rows, "floors")
     assert len(lines) == 8 + 4 + 2 + 2
     assert {row["facts"]["unit"] for row in rows} == {"of copy", "x two launches", "x as fast", "x the time"}
     for row, line in zip(rows, lines, strict=True):
