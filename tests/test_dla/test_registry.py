@@ -199,8 +199,12 @@ def test_bad_input(arguments, message):
         "import dla; assert importlib.util.find_spec('timm'); import timm; assert timm.is_model('resnet50_dla_l');"
         "assert not any('when_imported' in type(f).__module__ for f in sys.meta_path)",
         "sys.modules['timm'] = None; import dla; dla.create_model('resnet20_dla_l')",
+        "import timm.models, warnings; del timm.models.register_notrace_module; warnings.simplefilter('ignore');"
+        "import dla; dla.create_model('resnet20_dla_l'); assert not timm.is_model('resnet50_dla_l');"
+        "warnings.simplefilter('error'); import pytest; from dla.when_imported import import_with;"
+        "pytest.raises(UserWarning, import_with, 'timm', 'dla.registry').match('was not imported with timm: cannot')",
     ],
-    ids=["dla first", "timm first", "looked up first", "without timm"],
+    ids=["dla first", "timm first", "looked up first", "without timm", "another timm"],
 )
 def test_imports(code):
     subprocess.run([sys.executable, "-c", f"import importlib.util, sys; {code}"], check=True)
