@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 CPP := $(shell find csrc tests/cuda_on_cpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-SOURCES := $(filter csrc/%,$(CPP)) $(shell find dla dla_kernels -name '*.py')
+SOURCES := $(filter csrc/%,$(CPP)) $(shell find dla dla_kernels benchmarks -name '*.py')
 
 .PHONY: help demo test test-all fuzz sanitize bench tables gpu lint format clean
 

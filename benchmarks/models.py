@@ -1,18 +1,25 @@
 """What does a layer interaction cost a whole network? A training step and inference, beside the plain network.
 
-A network is one of ours, such as ``resnet20_dla_l``, or one of timm with an interaction inserted into it, such as
-``resnet50d+dla_l``.
+A network is one of ours, such as ``resnet20_dla_l``, or one of others and what is done to it: SOURCE+INTERACTION
+inserts an interaction, SOURCE+fuse fuses what there is, and the plain network is then the source itself. SOURCE is a
+model of timm, such as ``resnet50d``, or ``module:function``, which is called to build one of at least ten classes, such
+as ``torchvision.models:resnet50``; ``@32`` behind it asks for images of that size.
 """
 
+import copy
 import functools
-from collections.abc import Iterator, Sequence
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 
 import dla
 from dla.benchmarks import networks
-from dla.benchmarks.measure import Prepared, Row
+from dla.benchmarks.measure import Prepared, Row, Wrong
+from dla.probe import relative_difference
 
 INTERACTIONS = ("mrla_l", "dla_l", "mrla_b", "dla_b")
 #: Depths, batch and image size of the networks for CIFAR and for ImageNet, by device.
@@ -49,15 +56,56 @@ MODELS = {
 }
 
 
+#: The largest relative difference in float32 of a fused network's output from that of its source.
+SAME = 1e-3
+
+
 def build(name: str) -> tuple[nn.Module, nn.Module]:
     """The network and the plain one."""
     if "+" not in name:
         return tuple(dla.create_model(n, num_classes=10) for n in (name, name.split("_")[0]))
-    import timm
+    source, action = name.split("+")
+    try:
+        plain = _builder(source.partition("@")[0])()
+        if action == "fuse":
+            return _fused(plain, batch_and_size(name, torch.device("cpu"))[1]), plain
+        return dla.insert(plain, action), plain
+    except ValueError as error:
+        raise Wrong(str(error)) from error
 
-    name, interaction = name.split("+")
-    plain = timm.create_model(name, num_classes=10)
-    return dla.insert(plain, interaction), plain
+
+def _builder(source: str) -> Callable[[], nn.Module]:
+    """Raises ValueError where there is no such model or function."""
+    module, colon, function = source.partition(":")
+    if colon:
+        if str(Path.cwd()) not in sys.path:  # to programs such as `dla` Python does not add it
+            sys.path.append(str(Path.cwd()))
+        try:
+            return getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"`model` {source}: {error}") from error
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(f"`model` {source} needs timm: pip install timm") from error
+    if not timm.is_model(source):
+        raise ValueError(f"`model` {source}: timm has no {source!r}; it has {', '.join(timm.list_models('*resne*'))}")
+    return functools.partial(timm.create_model, source, num_classes=10)
+
+
+def _fused(plain: nn.Module, size: int) -> nn.Module:
+    """Raises :class:`Wrong` where the source cannot run here, or does not compute what its fused form computes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    fused = dla.fuse(copy.deepcopy(plain).to(device), inplace=True)
+    x = torch.randn(2, 3, size, size, device=device)
+    try:
+        expected = copy.deepcopy(plain).to(device).train()(x)
+    except (AssertionError, RuntimeError) as error:
+        raise Wrong(f"as it is it fails on {device}: {error}") from error
+    difference = relative_difference(copy.deepcopy(fused).train()(x), expected)
+    if not difference <= SAME:
+        raise Wrong(f"its output differs from that of its source by {difference:.1e}")
+    return fused.to("cpu")
 
 
 def prepare(name, batch, size, task, eager, compiled, device) -> Prepared:
@@ -93,23 +141,22 @@ def autocast(function, device: torch.device):
 def batch_and_size(name: str, device: torch.device) -> tuple[int, int]:
     """Raises ValueError where there is no such network."""
     known = MODELS[device.type]
-    base, plus, interaction = name.partition("+")
+    source, plus, action = name.partition("+")
     if not plus:
         if name not in known:
             raise ValueError(
-                f"`model` must be one of {', '.join(known)}, or one of timm with an interaction, such as "
-                f"resnet50d+dla_l, got {name!r}"
+                f"`model` must be one of {', '.join(known)}, or one of others and what is done to it, such as "
+                f"resnet50d+dla_l, torchvision.models:resnet50+dla_l or module:function+fuse, got {name!r}"
             )
         return known[name]
-    try:
-        import timm
-    except ImportError as error:
-        raise ValueError(f"`model` {name} needs timm: pip install timm") from error
-    if not timm.is_model(base):
-        raise ValueError(f"`model` {name}: timm has no {base!r}; it has {', '.join(timm.list_models('*resne*'))}")
-    if interaction not in dla.stage.INTERACTIONS:
-        raise ValueError(f"`model` {name}: the interaction must be one of {', '.join(dla.stage.INTERACTIONS)}")
-    return SIZES[device.type][1][1:]
+    source, at, size = source.partition("@")
+    if at and not (size.isdecimal() and int(size)):
+        raise ValueError(f"`model` {name}: the size of the images, behind @, must be a number, got {size!r}")
+    if action not in (*dla.stage.INTERACTIONS, "fuse"):
+        raise ValueError(f"`model` {name}: behind + must be one of {', '.join(dla.stage.INTERACTIONS)} or fuse")
+    _builder(source)
+    small, (_, batch, large) = SIZES[device.type]
+    return (small[1], int(size)) if at and int(size) <= 2 * small[2] else (batch, int(size or large))
 
 
 def rows(device: torch.device, full: bool = False, models: Sequence[str] = ()) -> Iterator[Row]:

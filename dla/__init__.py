@@ -3,7 +3,7 @@
 from dla.checkpoints import load_released
 from dla.config import CONFIGS, OFFICIAL, PAPER, RELEASED, Config
 from dla.fuse import fuse, fusion_report, unfuse
-from dla.insert import insert
+from dla.insert import insert, remove
 from dla.memory import keep_memory
 from dla.resnet import ResNet, create_model, list_models, resnet, resnet_cifar
 from dla.stage import create_stage, layer_attention_maps
@@ -25,6 +25,7 @@ __all__ = [
     "layer_attention_maps",
     "list_models",
     "load_released",
+    "remove",
     "resnet",
     "resnet_cifar",
     "unfuse",

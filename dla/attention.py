@@ -68,6 +68,10 @@ class _LayerAttention(nn.Module):
         """Drop path's factor of each sample, [B]; None where none is dropped."""
         return drop_path_factor(x, self.drop_path) if self.training else None
 
+    def batch_norm(self) -> BatchNorm:
+        """The BatchNorm as the ops take it."""
+        return BatchNorm.of(self.bn)
+
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, drop_path={self.drop_path}"
 
@@ -97,7 +101,7 @@ class BaseLayerAttention(_LayerAttention):
             [B, C, H, W] the block's output, and its layer.
         """
         return layer_attention(
-            x, features, gates, self.query.weight, key_weights, self.value.weight, prior, BatchNorm.of(self.bn),
+            x, features, gates, self.query.weight, key_weights, self.value.weight, prior, self.batch_norm(),
             self.keep(x), self.head_dim, followers,
         )  # fmt: skip
 
@@ -141,6 +145,6 @@ class LightLayerAttention(_LayerAttention):
             The block's output [B, C, H, W] and its GAP [B, C], the attention output o [B, C, H, W] and its GAP.
         """
         return light_update(
-            x, y, self.query.weight, self.key.weight, self.value.weight, BatchNorm.of(self.bn),
+            x, y, self.query.weight, self.key.weight, self.value.weight, self.batch_norm(),
             carried, self.lambda_, gate, carry_weight, self.keep(x), self.head_dim, need_o,
         )  # fmt: skip

@@ -2,18 +2,16 @@
 
 What can be fused is recognised by its structure, no code of others is imported:
 
-- the stages of this package, whose backend is set;
+- the stages of this package;
 - the stages of the authors' DLA code: children ``layers``, ``attention`` and ``lstm``, for DLA-L also the filter
   ``excite`` or ``extict``;
 - the residual blocks of the MRLA code: children ``mrla`` and ``bn_mrla``.
 
-A fused layer is the eager module itself under a class that has another ``forward`` and is a subclass of its own. It
-holds what it held, so state-dict keys, Parameters, hooks and modes are those of the eager model, and optimisers and
-checkpoints of one form serve the other.
+A layer of others stays the module that it was, under another class, see :mod:`dla.released`; a stage of this package
+is told its backend.
 """
 
 import copy
-import functools
 import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -21,15 +19,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dla.attention import BaseLayerAttention, LightLayerAttention, drop_path_factor
-from dla.cells import DSU
 from dla.checkpoints import ATTENTION, CARRY_CONV, NORM
 from dla.config import OFFICIAL, RELEASED, Config
 from dla.probe import hooks_of, random_copies, relative_difference
-from dla.stage import BaseStage, LightStage, Stage, on_backend
-from dla_kernels import BatchNorm, norm_residual
+from dla.released import (
+    Fused,
+    FusedBaseAttention,
+    FusedBaseBlock,
+    FusedBaseStage,
+    FusedBlock,
+    FusedDsu,
+    FusedLightAttention,
+    FusedLightBlock,
+    FusedLightStage,
+    Settings,
+    become,
+    child,
+    eager_class,
+    restore,
+)
+from dla.stage import Stage
 from dla_kernels.backend import choose
-from dla_kernels.common import gap
 
 CAN_BE_FUSED = (
     "the stages of this package, the stages of the DLA code (layers, attention and lstm) and the residual blocks of "
@@ -62,9 +72,10 @@ class FusionReport(list[Fusion]):
 def fuse(model: nn.Module, backend: str = "auto", inplace: bool = False, context: str = "first") -> nn.Module:
     """Puts layer attention on the fused ops, and changes nothing else; :func:`unfuse` undoes it.
 
-    Outputs, gradients, running statistics and optimiser steps are those of the eager model; drop path draws other
-    random numbers. Before a layer is replaced it is compared with its fused form on random weights; one that computes
-    something else is left, and :func:`fusion_report` says so.
+    Outputs, gradients, running statistics and optimiser steps are those of the eager model. Drop path is drawn by the
+    model's own modules, in MRLA the same numbers from the same seed; in DLA others, for its cell also draws a dropout
+    that nothing reads. Before a layer is replaced it is compared with its fused form on random weights; one that
+    computes something else is left, and :func:`fusion_report` says so.
 
     Args:
         model: a model with layers of the kinds that :mod:`dla.fuse` lists.
@@ -113,10 +124,9 @@ def unfuse(model: nn.Module, inplace: bool = False) -> nn.Module:
 
 def _undo(model: nn.Module) -> bool:
     """Makes a model eager; whether anything in it was fused."""
-    fused = [m for m in model.modules() if isinstance(m, _Fused)]
+    fused = [m for m in model.modules() if isinstance(m, Fused)]
     for module in fused:
-        module.__class__ = type(module).__bases__[1]
-        del module._fusion
+        restore(module)
     own = [m for m in model.modules() if isinstance(m, Stage) and "backend" in vars(m)]
     for module in own:
         del module.backend
@@ -129,200 +139,9 @@ def fusion_report(model: nn.Module) -> FusionReport:
     for layer in _layers(model):
         note = layer.note() if layer.fused else _why_not(layer, "auto") or "can be fused"
         for name, module in zip(layer.names, layer.modules, strict=True):
-            was = type(module).__bases__[1] if isinstance(module, _Fused) else type(module)
             now, backend = (type(module).__name__, choose(_device(module), layer.backend)) if layer.fused else ("", "")
-            report.append(Fusion(name, was.__name__, now, backend, note))
+            report.append(Fusion(name, eager_class(module).__name__, now, backend, note))
     return report
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The fused forms
-
-
-class _Settings(NamedTuple):
-    backend: str = "auto"
-    config: Config = RELEASED
-    followers: int = 0
-    note: str = ""
-
-
-class _Fused(nn.Module):
-    """Base of the fused forms; a fused module's class has two bases, the form and the module's own class."""
-
-    _fusion: _Settings
-
-    @property
-    def backend(self) -> str:
-        return self._fusion.backend
-
-    def __reduce_ex__(self, protocol):
-        return _restored, type(self).__bases__, self.__dict__
-
-
-@functools.cache
-def _fused_class(form: type, eager: type) -> type:
-    return type(f"Fused{eager.__name__}", (form, eager), {"__doc__": f"{eager.__qualname__} on the fused ops."})
-
-
-def _restored(form: type, eager: type) -> nn.Module:
-    cls = _fused_class(form, eager)
-    return cls.__new__(cls)
-
-
-def _become(module: nn.Module, form: type, settings: _Settings) -> None:
-    module._fusion = settings
-    module.__class__ = _fused_class(form, type(module))
-
-
-def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
-    """The child that has one of the names."""
-    for name in names:
-        if name in module._modules:
-            return module._modules[name]
-    return None
-
-
-class _Attention(_Fused):
-    """The authors' layer attention of one block, by the names of :class:`dla.attention._LayerAttention`."""
-
-    @property
-    def projections(self) -> nn.Module:
-        return _child(_child(self, ATTENTION), ATTENTION)
-
-    @property
-    def query(self) -> nn.Conv1d:
-        return self.projections.Wq
-
-    @property
-    def key(self) -> nn.Conv1d:
-        return self.projections.Wk
-
-    @property
-    def value(self) -> nn.Conv2d:
-        return self.projections.Wv
-
-    @property
-    def bn(self) -> nn.Module:
-        return _child(self, NORM)
-
-    @property
-    def lambda_(self) -> Tensor:
-        return _child(self, ATTENTION).lambda_t.flatten()
-
-    @property
-    def head_dim(self) -> int:
-        return self.value.out_channels // self.projections.heads
-
-    def keep(self, x: Tensor) -> Tensor | None:
-        rate = getattr(_child(self, ("drop_path",)), "drop_prob", None)
-        return drop_path_factor(x, rate or 0.0) if self.training else None
-
-    def extra_repr(self) -> str:
-        return f"head_dim={self.head_dim}"
-
-
-class _LightAttention(_Attention, LightLayerAttention):
-    """DLA-L's, beside its block."""
-
-
-class _BaseAttention(_Attention, BaseLayerAttention):
-    """DLA-B's, beside its block."""
-
-
-class _Dsu(_Fused, DSU):
-    """The authors' cell: one branch each for the features and the hidden state, from zeros."""
-
-    form, activation, initial_context = "split", "sigmoid", None
-
-    @property
-    def weights(self) -> tuple[Tensor, ...]:
-        return (*self.w_ih.parameters(), *self.w_hh.parameters())
-
-    @property
-    def channels(self) -> int:
-        return self.w_ih[0].seq[0].in_features
-
-    def extra_repr(self) -> str:
-        return ""
-
-
-class _Block(_Fused):
-    """The authors' residual block, before its layer attention."""
-
-    def output(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See :mod:`dla.stage`."""
-        branch, norm = self.conv2(self.relu(self.bn1(self.conv1(x)))), self.bn2
-        if "conv3" in self._modules:
-            branch, norm = self.conv3(self.relu(norm(branch))), self.bn3
-        shortcut = x if self.downsample is None else self.downsample(x)
-        # Autocast's convolutions give its dtype, the network before may not have.
-        shortcut = shortcut.to(branch.dtype)
-        channel_attention = [m for m in (_child(self, ("se",)), _child(self, ("eca",))) if m is not None]
-        if not channel_attention:
-            return *norm_residual(shortcut, branch, BatchNorm.of(norm), relu="sum"), shortcut
-        branch = norm(branch)
-        for module in channel_attention:
-            branch = module(branch)
-        x = self.relu(branch + shortcut)
-        return x, gap(x), shortcut
-
-
-class _LightBlock(_Block, _LightAttention):
-    """A block of MRLA-L: the residual block and its layer attention in one module."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with on_backend(self.backend):
-            x, y, shortcut = self.output(x)
-            return LightLayerAttention.forward(self, x, y, shortcut, None, None, need_o=False)[0]
-
-
-class _BaseBlock(_Block, _BaseAttention):
-    """A block of MRLA-B. The network hands on the keys [B, T, C] and the list of the layers from block to block."""
-
-    def forward(self, x: Tensor, keys: Tensor | None, layers: list | None) -> tuple[Tensor, Tensor, list]:
-        with on_backend(self.backend):
-            x, y, _ = self.output(x)
-            layers = [] if self.mrla.init_cell else layers
-            features = torch.cat([keys, y[:, None]], dim=1) if layers else y[:, None]
-            x, layer = BaseLayerAttention.forward(
-                self, x, features, torch.ones_like(features), [self.key.weight], layers, self._fusion.followers
-            )
-            key = layer.key[:, None]
-            return x, torch.cat([keys, key], dim=1) if layers else key, [*layers, layer]
-
-
-class _ReleasedStage(_Fused, Stage):
-    """A stage of the authors' DLA, by the names of :class:`dla.stage._AttentionStage`."""
-
-    @property
-    def blocks(self) -> nn.Module:
-        return self.layers
-
-    @property
-    def cell(self) -> nn.Module:
-        return self.lstm
-
-    @property
-    def config(self) -> Config:
-        return self._fusion.config
-
-    def output_of(self, block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if isinstance(block, _Block):
-            return block.output(x)
-        # The blocks of DLA-L return their shortcut too.
-        x = block(x)
-        x, shortcut = x if isinstance(x, tuple) else (x, None)
-        return x, gap(x), shortcut
-
-
-class _ReleasedLightStage(_ReleasedStage, LightStage):
-    @property
-    def carry_conv(self) -> nn.Conv2d:
-        return _child(self, CARRY_CONV)
-
-
-class _ReleasedBaseStage(_ReleasedStage, BaseStage):
-    pass
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,14 +157,14 @@ class _Layer:
 
     @property
     def fused(self) -> bool:
-        return isinstance(self.modules[0], _Fused)
+        return isinstance(self.modules[0], Fused)
 
     @property
     def backend(self) -> str:
         return self.modules[0].backend
 
     def note(self) -> str:
-        return self.modules[0]._fusion.note
+        return self.modules[0].note
 
 
 class _OwnStage(_Layer):
@@ -377,16 +196,19 @@ class _Released(_Layer):
     def problem(self) -> str:
         """Why its structure does not allow to fuse it; "" where it does."""
         for module in self.attentions():
-            projections = _child(_child(module, ATTENTION) or nn.Module(), ATTENTION)
+            projections = child(child(module, ATTENTION) or nn.Module(), ATTENTION)
             if not all(hasattr(projections, name) for name in ("Wq", "Wk", "Wv", "heads")):
                 return "an attention without Wq, Wk, Wv and heads"
-            if not _is_batch_norm(_child(module, NORM)):
+            if not _is_batch_norm(child(module, NORM)):
                 return "its attention is not normalised by a BatchNorm2d with scale and shift"
-        hooked = [n for m in self.modules for n, child in m.named_modules() if n and any(hooks_of(child))]
+            drop_path = module._modules.get("drop_path")
+            if not (isinstance(drop_path, nn.Identity | None) or hasattr(drop_path, "drop_prob")):
+                return f"its drop_path is a {type(drop_path).__name__} without drop_prob"
+        hooked = [n for m in self.modules for n, inner in m.named_modules() if n and any(hooks_of(inner))]
         return f"{hooked[0]} has a hook that the fused form would not call" if hooked else ""
 
-    def settings(self, backend: str, config: Config) -> _Settings:
-        return _Settings(backend, config, note=self.eager_fails and f"not compared: {self.eager_fails}")
+    def settings(self, backend: str, config: Config) -> Settings:
+        return Settings(backend, config, note=self.eager_fails and f"not compared: {self.eager_fails}")
 
 
 class _DlaStage(_Released):
@@ -399,7 +221,7 @@ class _DlaStage(_Released):
         return list(self.modules[0].layers)
 
     def light(self) -> bool:
-        return _child(self.modules[0], CARRY_CONV) is not None
+        return child(self.modules[0], CARRY_CONV) is not None
 
     def problem(self) -> str:
         stage = self.modules[0]
@@ -416,12 +238,12 @@ class _DlaStage(_Released):
         settings = self.settings(backend, config)
         stage, light = self.modules[0], self.light()
         for attention in self.attentions():
-            _become(attention, _LightAttention if light else _BaseAttention, settings)
+            become(attention, FusedLightAttention if light else FusedBaseAttention, settings)
         for block in self.blocks():
             if _is_residual_block(block):
-                _become(block, _Block, settings)
-        _become(stage.lstm, _Dsu, settings)
-        _become(stage, _ReleasedLightStage if light else _ReleasedBaseStage, settings)
+                become(block, FusedBlock, settings)
+        become(stage.lstm, FusedDsu, settings)
+        become(stage, FusedLightStage if light else FusedBaseStage, settings)
 
     def run(self, x: Tensor) -> Tensor:
         return self.modules[0](x)
@@ -435,7 +257,7 @@ class _MrlaBlock(_Released):
         return f"{unknown[0]} is not a residual block as the MRLA code has it" if unknown else super().problem()
 
     def fuse(self, backend: str, config: Config) -> None:
-        _become(self.modules[0], _LightBlock, self.settings(backend, config))
+        become(self.modules[0], FusedLightBlock, self.settings(backend, config))
 
     def run(self, x: Tensor) -> Tensor:
         return self.modules[0](x)
@@ -452,7 +274,7 @@ class _MrlaRun(_MrlaBlock):
     def fuse(self, backend: str, config: Config) -> None:
         settings = self.settings(backend, config)
         for followers, block in enumerate(reversed(self.modules)):
-            _become(block, _BaseBlock, settings._replace(followers=followers))
+            become(block, FusedBaseBlock, settings._replace(followers=followers))
 
     def run(self, x: Tensor) -> Tensor:
         keys = values = None
@@ -466,7 +288,7 @@ def _layers(model: nn.Module) -> Iterator[_Layer]:
     run = None
     for name, module in model.named_modules():
         name, children = name or "(the model)", module._modules
-        if isinstance(module, Stage) and not isinstance(module, _Fused):
+        if isinstance(module, Stage) and not isinstance(module, Fused):
             yield _OwnStage([name], [module])
         elif {"layers", "attention", "lstm"} <= children.keys():
             yield _DlaStage([name], [module])
@@ -496,22 +318,31 @@ def _difference(layer: _Released, backend: str) -> str:
     """How a fused layer's output differs from the eager one's, on a copy with random weights; "" where it does not."""
     copies, maps = random_copies(layer.modules)
     copied = type(layer)(layer.names, copies)
-    x = maps(2, copied.blocks()[0].conv1.in_channels, 4, 4)
+    convolution = next((m for m in copied.blocks()[0].modules() if isinstance(m, nn.Conv2d)), None)
+    if convolution is None:
+        return "its first block has no convolution"
+    x = maps(2, convolution.in_channels, 4, 4)
     with torch.no_grad():
         try:
             expected = copied.run(x)
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            layer.eager_fails = f"the eager layer fails on {x.device} ({reason})"
+            layer.eager_fails = f"the eager layer fails on {x.device} ({_in_one_line(error)})"
             return ""
         copied.fuse(backend, RELEASED)
-        got = copied.run(x)
+        try:
+            got = copied.run(x)
+        except Exception as error:
+            return f"the fused form does not take it ({_in_one_line(error)})"
     difference = relative_difference(got, expected)
     return "" if difference <= LIMIT else f"it computes something else, the fused form differs by {difference:.0e}"
 
 
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def _is_residual_block(block: nn.Module) -> bool:
-    """Whether it has the structure of the authors' blocks, which :class:`_Block` computes."""
+    """Whether it has the structure of the authors' blocks, which :class:`FusedBlock` computes."""
     children = block._modules
     norms = ("bn1", "bn2", "bn3") if "conv3" in children else ("bn1", "bn2")
     return (

@@ -1,9 +1,9 @@
 """Layer attention in residual networks of others: torchvision's, timm's, one's own.
 
-A stage is an ``nn.Sequential`` of residual blocks: blocks with a ``downsample`` (None where the shortcut is the input
-itself) whose output is act(branch + shortcut), where act may be nothing. The Sequential becomes the stage with the
-layer interaction in its place, under its name, its blocks under theirs. A block is run unchanged; what else is needed
-of it, its shortcut or its branch, is taken by a forward hook.
+A stage is an ``nn.Sequential`` of residual blocks: blocks with a ``downsample`` or a ``shortcut`` (None where the input
+itself is the shortcut) whose output is act(branch + shortcut), where act may be nothing. The Sequential becomes the
+stage with the layer interaction in its place, under its name, its blocks under theirs. A block is run unchanged; what
+else is needed of it, its shortcut or its branch, is taken by a forward hook.
 """
 
 import copy
@@ -18,11 +18,17 @@ from dla.cells import DIA, State
 from dla.config import PAPER, Config
 from dla.probe import random_copies, relative_difference
 from dla.stage import INTERACTIONS, BaseStage, LightStage, LIIStage, Stage, create_stage
+from dla_kernels import BatchNorm
 from dla_kernels.common import gap
+from dla_kernels.ops.layer_attention import Layer
 
 #: The scale that the BatchNorm of a softmax attention (MRLA-B, DLA-B) starts with. A ReLU follows it, whose gradient at
-#: 0 is 0: a scale of 0 would stay. This one's gradient is whole, and what it adds is lost in any sum.
+#: 0 is 0: a scale of 0 would stay. This one's gradient is whole, and what it adds is lost in any sum but that with 0,
+#: of which :class:`InsertedBaseAttention` takes care.
 ALMOST_ZERO = 1e-30
+
+#: What a block may call the module of its shortcut.
+SHORTCUTS = ("downsample", "shortcut")
 
 
 def insert(
@@ -69,16 +75,31 @@ def insert(
     model = model if inplace else copy.deepcopy(model)
     found = {name: _examined(module) for name, module in model.named_modules() if _is_sequence_of_blocks(module)}
     stages = _chosen(model, found, stages)
-    # All are made before the first is put in its place.
-    made = [
-        create_stage(
-            model.get_submodule(name), found[name].channels, interaction, cell, config, reduction, head_dim, drop_path
-        )
-        for name in stages
-    ]
+    made = []  # all of them before the first is put in its place
+    for name in stages:
+        blocks, channels = model.get_submodule(name), found[name].channels
+        try:
+            made.append(create_stage(blocks, channels, interaction, cell, config, reduction, head_dim, drop_path))
+        except ValueError as error:
+            raise ValueError(f"{error}, for the stage {name or 'that the model is'}") from error
     for name, stage in zip(stages, made, strict=True):
         _start_as_identity(stage)
         _put(stage, model.get_submodule(name), found[name].tails)
+    return model
+
+
+def remove(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """The network without the layer interaction that :func:`insert` put into it, its own weights as they are now.
+
+    Raises:
+        ValueError: nothing was inserted into the model.
+    """
+    model = model if inplace else copy.deepcopy(model)
+    stages = [m for m in model.modules() if isinstance(m, _InsertedStage)]
+    if not stages:
+        raise ValueError("`model` has no layer interaction that was inserted")
+    for stage in stages:
+        stage.take_out()
     return model
 
 
@@ -91,6 +112,8 @@ class _InsertedStage(Stage):
 
     block_names: tuple[str, ...]
     tails: tuple[str, ...]  # of each block, the child that gives its branch
+    plain: type  # the class of the sequence that it was
+    added: tuple[str, ...]  # the attributes that the sequence did not have
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -103,10 +126,23 @@ class _InsertedStage(Stage):
         """One step of a sequence: what walks through it, as timm's checkpointing does, must not miss the attention."""
         yield self
 
+    def take_out(self) -> None:
+        """Makes it the sequence that it was."""
+        for block in self.blocks:
+            for module in block.children():
+                for key, hook in list(module._forward_hooks.items()):
+                    if hook in (_gate_branch, _keep_output):
+                        del module._forward_hooks[key]
+        for name in self._modules.keys() - set(self.block_names):
+            del self._modules[name]
+        self.__class__ = self.plain
+        for name in ("backend", "block_names", "tails", "plain", *self.added, "added"):
+            vars(self).pop(name, None)
+
 
 class _InsertedAttention(_InsertedStage):
     def output_of(self, block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        shortcut, downsample = x, block.downsample if _takes_shortcuts(self) else None
+        shortcut, downsample = x, _shortcut(block) if _takes_shortcuts(self) else None
         if downsample is not None:
             downsample.kept = None
         x = block(x)
@@ -122,6 +158,25 @@ class InsertedLightStage(_InsertedAttention, LightStage):
 
 class InsertedBaseStage(_InsertedAttention, BaseStage):
     """MRLA-B or DLA-B in a network of others."""
+
+
+class InsertedBaseAttention(BaseLayerAttention):
+    """In eval mode it leaves channels as they are, also where they are 0, while their scale is :data:`ALMOST_ZERO`."""
+
+    def forward(self, x: Tensor, *args) -> tuple[Tensor, Layer]:
+        out, layer = super().forward(x, *args)
+        if not self.training and torch.is_grad_enabled():  # the values of x with the gradients of out
+            out = torch.where(self._untrained()[:, None, None], x + (out - out.detach()), out)
+        return out, layer
+
+    def batch_norm(self) -> BatchNorm:
+        norm = super().batch_norm()
+        if self.training or torch.is_grad_enabled():
+            return norm
+        return norm._replace(weight=norm.weight.masked_fill(self._untrained(), 0))
+
+    def _untrained(self) -> Tensor:
+        return self.bn.weight.abs() <= ALMOST_ZERO
 
 
 class InsertedLIIStage(_InsertedStage, LIIStage):
@@ -169,7 +224,11 @@ def _start_as_identity(stage: Stage) -> None:
         stage.gain = 4.0 if isinstance(stage.cell, DIA) else 2.0
         return
     for attention in stage.attention:
-        nn.init.constant_(attention.bn.weight, ALMOST_ZERO if isinstance(attention, BaseLayerAttention) else 0.0)
+        if isinstance(attention, BaseLayerAttention):
+            attention.__class__ = InsertedBaseAttention
+            nn.init.constant_(attention.bn.weight, ALMOST_ZERO)
+        else:
+            nn.init.zeros_(attention.bn.weight)
 
 
 def _put(stage: Stage, sequence: nn.Sequential, tails: tuple[str, ...]) -> None:
@@ -179,15 +238,16 @@ def _put(stage: Stage, sequence: nn.Sequential, tails: tuple[str, ...]) -> None:
     parameter = next(sequence.parameters())
     stage.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32)).train(sequence.training)
     sequence._modules.update(stage._modules)
-    sequence.__dict__.update({name: value for name, value in vars(stage).items() if name not in vars(sequence)})
-    sequence.block_names, sequence.tails = names, tails
+    added = {name: value for name, value in vars(stage).items() if name not in vars(sequence)}
+    vars(sequence).update(added)
+    sequence.block_names, sequence.tails, sequence.plain, sequence.added = names, tails, type(sequence), tuple(added)
     forms = {LightStage: InsertedLightStage, BaseStage: InsertedBaseStage, LIIStage: InsertedLIIStage}
     sequence.__class__ = forms[type(stage)]
     for block, tail in zip(sequence.blocks, tails, strict=True):
         if isinstance(stage, LIIStage):
             block._modules[tail].register_forward_hook(_gate_branch)
-        elif _takes_shortcuts(stage) and block.downsample is not None:
-            block.downsample.register_forward_hook(_keep_output)
+        elif _takes_shortcuts(stage) and _shortcut(block) is not None:
+            _shortcut(block).register_forward_hook(_keep_output)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,7 +261,17 @@ class _Found(NamedTuple):
 
 
 def _is_sequence_of_blocks(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and len(module) > 0 and all(hasattr(m, "downsample") for m in module)
+    return isinstance(module, nn.Sequential) and len(module) > 0 and all(_shortcut_name(block) for block in module)
+
+
+def _shortcut_name(block: nn.Module) -> str | None:
+    names = (name for name in SHORTCUTS if hasattr(block, name))
+    return next((name for name in names if isinstance(getattr(block, name), nn.Module | None)), None)
+
+
+def _shortcut(block: nn.Module) -> nn.Module | None:
+    """The module of a block's shortcut; None where that is the input itself."""
+    return getattr(block, _shortcut_name(block))
 
 
 def _chosen(model: nn.Module, found: dict[str, _Found], stages: Iterable[str] | None) -> list[str]:
@@ -211,7 +281,7 @@ def _chosen(model: nn.Module, found: dict[str, _Found], stages: Iterable[str] | 
         problems += [f"{n or 'the model'} has one already" for n, m in model.named_modules() if isinstance(m, Stage)]
         raise ValueError(
             "`model` has no stage that takes a layer interaction, an nn.Sequential of blocks that have a `downsample` "
-            f"and end with act(branch + shortcut){''.join(f'; {p}' for p in problems)}"
+            f"or `shortcut` and end with act(branch + shortcut){''.join(f'; {p}' for p in problems)}"
         )
     if stages is None:
         return usable
@@ -268,7 +338,7 @@ def _run(block: nn.Module, x: Tensor) -> tuple[Tensor, str | None]:
     for hook in hooks:
         hook.remove()
     act, names = block._modules[calls[-1][0]], [name for name, _ in calls]
-    shortcut = dict(calls).get("downsample", x)
+    shortcut = dict(calls).get(_shortcut_name(block), x)
     if shortcut.shape != out.shape or any(True for _ in act.parameters()):
         return out, None
     for name, branch in calls[:-1]:

@@ -3,12 +3,33 @@
 The plain ResNets for ImageNet are timm's own and stay so.
 """
 
+import contextlib
 from collections.abc import Callable
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
+import torch
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    is_model,
+    register_model,
+    register_notrace_function,
+    register_notrace_module,
+)
 from torch import nn
 
-from dla.resnet import CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STAGES, IMAGENET_STD, create_model, list_models
+from dla.attention import DropPath
+from dla.resnet import (
+    CIFAR_MEAN,
+    CIFAR_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STAGES,
+    IMAGENET_STD,
+    check_images,
+    create_model,
+    list_models,
+)
+from dla.stage import Stage
+from dla_kernels.common import gap
 
 __all__ = []
 
@@ -33,11 +54,16 @@ def _default_cfg(name: str) -> dict:
     }
 
 
+def _create(name: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **arguments):
+    with contextlib.nullcontext() if device is None else torch.device(device):
+        return create_model(name, **arguments).to(dtype=dtype)
+
+
 def _entry_point(name: str) -> Callable[..., nn.Module]:
     def build(pretrained: bool = False, **kwargs) -> nn.Module:
         levels = range(5 if _on_imagenet(name) else 4)
         return build_model_with_cfg(
-            lambda **arguments: create_model(name, **arguments), name, pretrained,
+            lambda **arguments: _create(name, **arguments), name, pretrained,
             feature_cfg={"out_indices": tuple(levels)}, **kwargs,
         )  # fmt: skip
 
@@ -49,3 +75,9 @@ _names = [name for name in list_models() if not is_model(name)]
 default_cfgs = generate_default_cfgs({name: _default_cfg(name) for name in _names})
 for _name in _names:
     register_model(_entry_point(_name))
+
+# What torch.fx takes as one node, for timm's features by graph.
+for _module in (Stage, DropPath):
+    register_notrace_module(_module)
+for _function in (gap, check_images):
+    register_notrace_function(_function)

@@ -1,6 +1,7 @@
 """ResNets of bottleneck blocks, for CIFAR and ImageNet, whose stages take a layer interaction."""
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from torch import Tensor, nn
@@ -158,19 +159,26 @@ class ResNet(
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier; and another pooling where one is given, see ``global_pool`` of the class.
+        """A new classifier, of the model's mode, device and dtype.
+
+        Args:
+            num_classes: logits, or 0 for none.
+            global_pool: see the class. Default: "avg" before a classifier, else as it is.
 
         Raises:
             ValueError: an unknown pooling, or none before a classifier.
         """
-        global_pool = self.global_pool if global_pool is None else global_pool
+        if global_pool is None:
+            global_pool = "avg" if num_classes else self.global_pool
         if global_pool not in ("avg", "") or (num_classes and not global_pool):
             raise ValueError(
                 f'`global_pool` must be "avg", or "" with `num_classes` 0, got {global_pool!r} with {num_classes}'
             )
         self.num_classes, self.global_pool = num_classes, global_pool
         self.arguments |= {"num_classes": num_classes, "global_pool": global_pool}
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        like = {"device": self.conv1.weight.device, "dtype": self.conv1.weight.dtype}
+        self.fc = nn.Linear(self.num_features, num_classes, **like) if num_classes else nn.Identity()
+        self.fc.train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether training keeps only the maps between stages and computes the others again.
@@ -187,15 +195,85 @@ class ResNet(
         """Patterns of the parameters' groups by depth, for timm's layer-wise learning rates: one for each stage."""
         return {"stem": r"^conv1|bn1", "blocks": r"^layer(\d+)"}
 
+    def _maps(self, x: Tensor) -> Iterator[Tensor]:
+        """The maps at the levels of ``feature_info``: the stem's and each stage's."""
+        check_images(x, self.in_chans)
+        x = self.act(self.bn1(self.conv1(x)))
+        yield x
+        for i, name in enumerate(self.stage_names):
+            x, stage = x if i else self.maxpool(x), getattr(self, name)
+            x = checkpoint(stage, x, use_reentrant=False) if self.grad_checkpointing and self.training else stage(x)
+            yield x
+
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> the last stage's map [B, num_features, H', W']."""
-        if x.dim() != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"`x` must have shape (B, in_chans={self.in_chans}, H, W), got {tuple(x.shape)}")
-        x = self.maxpool(self.act(self.bn1(self.conv1(x))))
-        for name in self.stage_names:
-            stage = getattr(self, name)
-            x = checkpoint(stage, x, use_reentrant=False) if self.grad_checkpointing and self.training else stage(x)
-        return x
+        return self.forward_intermediates(x, [-1])[0]
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps at some levels of ``feature_info``, as timm's models give them.
+
+        Args:
+            x: [B, in_chans, H, W].
+            indices: the levels, from the end where negative; a number takes so many last ones, None takes all.
+            norm: for timm's interface; there is no norm at the end.
+            stop_early: whether nothing is computed behind the last of them.
+            output_fmt: "NCHW".
+            intermediates_only: whether only they are returned, else also the last map that was computed, before them.
+
+        Raises:
+            ValueError: no such level or format.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"`output_fmt` must be NCHW, got {output_fmt!r}")
+        levels, maps, last = self._levels(indices), [], x
+        for level, last in enumerate(self._maps(x)):
+            if level in levels:
+                maps.append(last)
+            if stop_early and level == max(levels):
+                break
+        return maps if intermediates_only else (last, maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops the stages behind the levels that :meth:`forward_intermediates` takes, and then the classifier too.
+
+        Args:
+            indices, prune_norm: as there.
+            prune_head: whether the classifier is dropped in any case.
+
+        Returns:
+            The levels, counted from the front.
+
+        Raises:
+            ValueError: no such level.
+        """
+        levels = self._levels(indices)
+        kept, dropped = self.stage_names[: max(levels)], self.stage_names[max(levels) :]
+        for name in dropped:
+            delattr(self, name)
+        self.stage_names = kept
+        self.arguments |= {key: self.arguments[key][: len(kept)] for key in ("depths", "widths")}
+        self.num_features = self.head_hidden_size = self.feature_info[len(kept)]["num_chs"]
+        if prune_head or dropped:
+            self.reset_classifier(0, "")
+        return levels
+
+    def _levels(self, indices: int | Sequence[int] | None) -> list[int]:
+        count = 1 + len(self.stage_names)
+        given = range(count) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
+        levels = [i + count if i < 0 else i for i in given]
+        if not levels or not all(0 <= i < count for i in levels):
+            raise ValueError(f"`indices` must be of the {count} levels, or how many of them, got {indices!r}")
+        return levels
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last stage's map -> logits [B, num_classes], or its GAP [B, num_features] with ``pre_logits``."""
@@ -206,6 +284,11 @@ class ResNet(
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def check_images(x: Tensor, in_chans: int) -> None:
+    if x.dim() != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"`x` must have shape (B, in_chans={in_chans}, H, W), got {tuple(x.shape)}")
 
 
 def resnet_cifar(

@@ -3,14 +3,25 @@
 import importlib
 import importlib.abc
 import sys
+import warnings
 
 
 def import_with(name: str, ours: str) -> None:
-    """Imports ``ours`` right after ``name``: now where that is imported, else when somebody imports it."""
+    """Imports ``ours`` right after ``name``: now where that is imported, else when somebody imports it.
+
+    A version of ``name`` that ``ours`` does not fit gives a warning; it must not stop who needs nothing of ``ours``.
+    """
     if sys.modules.get(name) is not None:
-        importlib.import_module(ours)
+        _import(ours, name)
     else:
         sys.meta_path.insert(0, _Finder(name, ours))
+
+
+def _import(ours: str, name: str) -> None:
+    try:
+        importlib.import_module(ours)
+    except ImportError as error:
+        warnings.warn(f"{ours} was not imported with {name}: {error}", stacklevel=2)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -29,7 +40,7 @@ class _Finder(importlib.abc.MetaPathFinder):
             def load_both(module):
                 sys.meta_path.remove(self)
                 load(module)
-                importlib.import_module(self.ours)
+                _import(self.ours, self.name)
 
             # This loader is of this spec alone.
             spec.loader.exec_module = load_both

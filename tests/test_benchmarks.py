@@ -404,8 +404,11 @@ def test_compare(results, tmp_path, monkeypatch):
     [
         (["--op", "gap"], "`op` must be one of gap_dsu, refresh_gates, "),
         (["--model", "vgg"], "`model` must be one of resnet20_mrla_l, "),
-        (["--model", "resnet50d+vgg"], "`model` resnet50d+vgg: the interaction must be one of lii, "),
-        (["--model", "vgg99+dla_l"], "`model` vgg99+dla_l: timm has no 'vgg99'; it has "),
+        (["--model", "resnet50d+vgg"], "`model` resnet50d+vgg: behind + must be one of lii, "),
+        (["--model", "resnet50d@big+dla_l"], "`model` resnet50d@big+dla_l: the size of the images, behind @, must be "),
+        (["--model", "vgg99+dla_l"], "`model` vgg99: timm has no 'vgg99'; it has "),
+        (["--model", "nowhere:net+fuse"], "`model` nowhere:net: No module named 'nowhere'"),
+        (["--model", "torchvision.models:resnet7+dla_l"], "`model` torchvision.models:resnet7: module 'torchvision"),
         (["speed"], "`question` must be one of ops, blocks, models, depth, launches, floors, got 'speed'"),
         (["blocks", "--op", "gap_dsu"], "`op` belongs to the question ops, which is not among blocks"),
         (["--device", "tpu"], "`device` must be auto or one of cpu"),

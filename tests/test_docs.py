@@ -60,6 +60,15 @@ def test_code_block(code, tmp_path, monkeypatch):
 
 def test_every_way_in_is_shown():
     text = "".join(code for _, code in BLOCKS)
-    for name in ("create_model", "create_stage", "insert", "fuse", "fusion_report", "unfuse", "load_released"):
+    for name in (
+        "create_model",
+        "create_stage",
+        "insert",
+        "remove",
+        "fuse",
+        "fusion_report",
+        "unfuse",
+        "load_released",
+    ):
         assert f"dla.{name}(" in text
         assert hasattr(dla, name)

@@ -156,7 +156,13 @@ def test_drop_path():
         keep = attention.keep(images(64))
         assert keep.shape == (64,)
         assert set(keep.tolist()) == {0.0, 2.0}
-        assert attention.eval().keep(images()) is None
+        x = images(64)
+        torch.manual_seed(0)
+        drawn = attention.keep(x)
+        torch.manual_seed(0)
+        assert torch.equal(drawn, attention.drop_path(torch.ones_like(x[:, :1, :1, :1])).flatten())
+        attention.drop_path.eval()  # its own mode counts
+        assert attention.keep(images()) is None
         x = images()
         assert_close(fused.eval()(x), model.eval()(x), 1e-12)
 
@@ -299,9 +305,23 @@ def other_projections(stage):
     del stage.attention[0].layer_attention.layer_attention.Wk
 
 
+def other_drop_path(stage):
+    stage.attention[0].drop_path = nn.Dropout(0.1)
+
+
+def other_filter(stage):
+    stage.attention[0].layer_attention.layer_attention.Wv = nn.Conv2d(32, 32, 5, padding=2, groups=32, bias=False)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        (
+            other_filter,
+            "the fused form does not take it (ValueError: light_update: `value_weight` must have shape "
+            "(C=32, 1, 3, 3), got (32, 1, 5, 5))",
+        ),
+        (other_drop_path, "its drop_path is a Dropout without drop_prob"),
         (group_norm, "its attention is not normalised by a BatchNorm2d with scale and shift"),
         (two_cells, "its lstm is not a cell of one layer"),
         (other_branch, "the branches of its lstm are not Linear, ReLU, Linear"),
@@ -326,6 +346,11 @@ def test_an_unknown_block_keeps_its_own_forward():
         def __init__(self, *args):
             super().__init__(*args)
             self.relu = nn.SiLU()
+            self.first = self._modules.pop("conv1")
+
+        @property
+        def conv1(self):
+            return self.first
 
     model = eager.DlaLStage([Odd(16, 32), eager.DlaLBlock(32, 32)], 32).double()
     fused = dla.fuse(model)

@@ -7,6 +7,7 @@ import timm
 import torch
 import torchvision
 from helpers import assert_close
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from torch import nn
 
 import dla
@@ -23,6 +24,15 @@ NETWORKS = {
     "resnext": lambda: timm.create_model("resnext50_32x4d", **SMALL),
     "seresnet": lambda: timm.create_model("seresnet50", **SMALL, drop_path_rate=0.1),
     "ecaresnet_t": lambda: timm.create_model("ecaresnet26t", **SMALL),
+    "seresnet_ts": lambda: ByobNet(
+        ByoModelCfg(
+            tuple(ByoBlockCfg("bottle", d=2, c=c, s=s, gs=0, br=0.5) for c, s in ((32, 1), (64, 2))),
+            stem_chs=16,
+            act_layer="silu",
+            attn_layer="se",
+        ),
+        num_classes=5,
+    ),
     "own": lambda: dla.resnet_cifar(20, num_classes=5),
 }
 
@@ -64,6 +74,23 @@ def test_starts_as_the_network_that_it_was(name, interaction):
     assert torch.equal(inserted(x), expected)
     after = inserted.state_dict()
     assert all(torch.equal(after[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+def test_zeros_stay_zeros(interaction):
+    """Features that a ReLU cut off, with and without gradients, which do flow in eval mode."""
+    model = network().eval()
+    inserted = dla.insert(model, interaction).eval()
+    x = images()
+    expected, got = model.forward_features(x), inserted.forward_features(x)
+    assert (expected == 0).any()
+    assert torch.equal(got, expected)
+    with torch.no_grad():
+        assert torch.equal(inserted.forward_features(x), expected)
+    got.square().sum().backward()
+    for module in inserted.modules():
+        if isinstance(module, dla.attention.BaseLayerAttention):
+            assert module.bn.weight.grad.norm() > 0
 
 
 @pytest.mark.parametrize("interaction", INTERACTIONS)
@@ -154,6 +181,29 @@ def test_the_model_is_left_unless_in_place():
     assert model.layer1 is layer1  # so are its hooks, and whoever else holds it
     assert seen[0] is out
     assert layer1[1] is layer1.blocks[1] is block
+
+
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+def test_removed_again(interaction):
+    """The network that it was, with its weights as they are after a step of training."""
+    model = network()
+    classes, attributes = ([type(m) for m in model.modules()], [set(vars(m)) for m in model.modules()])
+    inserted = dla.insert(model, interaction, config=dla.OFFICIAL)
+    optimizer = torch.optim.SGD(inserted.parameters(), 0.01)
+    inserted(images()).square().sum().backward()
+    optimizer.step()
+    plain = dla.remove(dla.fuse(inserted, backend="reference"))
+    assert [type(m) for m in plain.modules()] == classes
+    assert [set(vars(m)) for m in plain.modules()] == attributes
+    assert not any(m._forward_hooks for m in plain.modules())
+    assert dla.fusion_report(inserted)
+    model.load_state_dict({k: v for k, v in inserted.state_dict().items() if k in model.state_dict()})
+    x = images()
+    assert torch.equal(plain.eval()(x), model.eval()(x))
+    assert dla.remove(inserted, inplace=True) is inserted
+    assert torch.equal(inserted.eval()(x), model(x))
+    with pytest.raises(ValueError, match="`model` has no layer interaction that was inserted"):
+        dla.remove(inserted)
 
 
 @pytest.mark.parametrize("interaction", INTERACTIONS)
@@ -292,8 +342,8 @@ class Odd(nn.Module):
 
 
 NO_STAGE = (
-    "`model` has no stage that takes a layer interaction, an nn.Sequential of blocks that have a `downsample` and end "
-    r"with act\(branch \+ shortcut\)"
+    "`model` has no stage that takes a layer interaction, an nn.Sequential of blocks that have a `downsample` or "
+    r"`shortcut` and end with act\(branch \+ shortcut\)"
 )
 
 
@@ -329,7 +379,10 @@ NO_STAGE = (
             lambda: dla.insert(network(), "lii", config=dla.Config(activation="tanh")),
             "`cell` must be dsu or dia .* got 'dsu' with tanh",
         ),
-        (lambda: dla.insert(network(), "dla_l", head_dim=48), "`head_dim` must divide the 32 channels, got 48"),
+        (
+            lambda: dla.insert(network(), "dla_l", head_dim=64),
+            "`head_dim` must divide the 32 channels, got 64, for the stage layer1",
+        ),
     ],
 )
 def test_bad_input(call, message):

@@ -111,6 +111,50 @@ def test_features(name):
     assert len(timm.create_model(name, features_only=True, out_indices=(1, 3))(x)) == 2
 
 
+@pytest.mark.parametrize("name", ["resnet20_dla_b", "resnet50_dla_l"])
+@pytest.mark.parametrize("feature_cls", ["getter", "fx"])
+def test_other_ways_to_features(name, feature_cls):
+    """By intermediates, with the rest of the model dropped, and by torch.fx, to which a stage is one node."""
+    model = timm.create_model(name).eval()
+    x = images(model, 1, 64)
+    output, maps = model.forward_intermediates(x)
+    assert output is maps[-1]
+    assert torch.equal(output, model.forward_features(x))
+    net = timm.create_model(name, features_only=True, feature_cls=feature_cls, out_indices=(1, 2)).eval()
+    kept = {k.removeprefix("model.").removeprefix("graph_module."): k for k in net.state_dict()}
+    assert not any(k.startswith(("layer3", "layer4", "fc")) for k in kept)
+    net.load_state_dict({kept[k]: v for k, v in model.state_dict().items() if k in kept})
+    assert all(torch.equal(a, b) for a, b in zip(net(x), maps[1:3], strict=True))
+
+
+def test_intermediates():
+    model = timm.create_model("resnet20_dla_l").eval()
+    x = images(model, 2, 16)
+    maps = model.forward_intermediates(x, intermediates_only=True)
+    assert [m.shape[1] for m in maps] == [info["num_chs"] for info in model.feature_info]
+    runs = []
+    model.layer3.register_forward_hook(lambda *_: runs.append(1))
+    output, (first, third) = model.forward_intermediates(x, [0, -2], stop_early=True)
+    assert not runs
+    assert [torch.equal(a, b) for a, b in ((first, maps[0]), (third, maps[2]), (output, maps[2]))] == [True] * 3
+    (last,) = model.forward_intermediates(x, 1, intermediates_only=True)
+    assert torch.equal(last, maps[3])
+    assert model.prune_intermediate_layers([0, 1], prune_head=False) == [0, 1]
+    assert torch.equal(model(x), maps[1])
+    assert dla.ResNet(**model.arguments | {"config": dla.PAPER}).state_dict().keys() == model.state_dict().keys()
+    assert model.prune_intermediate_layers([0]) == [0]
+    assert torch.equal(model(x), maps[0])
+
+
+def test_devices_and_dtypes():
+    model = timm.create_model("resnet20_dla_l", device="meta", dtype=torch.bfloat16)
+    assert {(t.device.type, t.dtype) for t in model.parameters()} == {("meta", torch.bfloat16)}
+    model.eval().reset_classifier(0, "")
+    model.reset_classifier(7)
+    assert (model.fc.weight.device.type, model.fc.weight.dtype, model.fc.training) == ("meta", torch.bfloat16, False)
+    assert model(images(model, 2, 16).to("meta", torch.bfloat16)).shape == (2, 7)
+
+
 def test_weight_decay_leaves_lambda_out():
     model = timm.create_model("resnet20_dla_l")
     assert model.no_weight_decay() == {name for name, _ in model.named_parameters() if name.endswith("lambda_")}
@@ -138,6 +182,7 @@ def test_dropout_before_the_classifier():
     [
         ({"global_pool": "max"}, r"`global_pool` must be \"avg\", or \"\" with `num_classes` 0, got 'max' with 10"),
         ({"global_pool": ""}, r"`global_pool` must be \"avg\", or \"\" with `num_classes` 0, got '' with 10"),
+        ({"features_only": True, "feature_cls": "getter", "out_indices": (1, 4)}, "`indices` must be of the 4 levels"),
         ({"drop_rate": 1.0}, r"`drop_rate` must be in \[0, 1\), got 1.0"),
     ],
 )
@@ -154,8 +199,12 @@ def test_bad_input(arguments, message):
         "import dla; assert importlib.util.find_spec('timm'); import timm; assert timm.is_model('resnet50_dla_l');"
         "assert not any('when_imported' in type(f).__module__ for f in sys.meta_path)",
         "sys.modules['timm'] = None; import dla; dla.create_model('resnet20_dla_l')",
+        "import timm.models, warnings; del timm.models.register_notrace_module; warnings.simplefilter('ignore');"
+        "import dla; dla.create_model('resnet20_dla_l'); assert not timm.is_model('resnet50_dla_l');"
+        "warnings.simplefilter('error'); import pytest; from dla.when_imported import import_with;"
+        "pytest.raises(UserWarning, import_with, 'timm', 'dla.registry').match('was not imported with timm: cannot')",
     ],
-    ids=["dla first", "timm first", "looked up first", "without timm"],
+    ids=["dla first", "timm first", "looked up first", "without timm", "another timm"],
 )
 def test_imports(code):
     subprocess.run([sys.executable, "-c", f"import importlib.util, sys; {code}"], check=True)
