@@ -91,6 +91,8 @@ def environment(device: torch.device, command: str = "dla bench") -> dict[str, s
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command,
     }
+    if device.type == "cuda":
+        found["capability"] = "{}.{}".format(*torch.cuda.get_device_capability(device))
     return found | {k: v for k, v in _build_info().items() if k in ("compiler", "instruction_set", "cuda")}
 
 

@@ -80,7 +80,7 @@ def layer_attention(
         check.state("keep", keep, "B")
     if followers < 0:
         check.fail(f"`followers` must be at least 0, got {followers}")
-    chosen = choose(q.device, backend)
+    chosen = choose(q.device, backend, "layer_attention")
     dtype = accumulate_dtype(x)
     norm, value_weight = norm.to(dtype), value_weight.to(dtype)
     if chosen == "reference":
