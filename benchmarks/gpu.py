@@ -43,6 +43,10 @@ def pieces() -> dict[str, list[str]]:
         "networks": [*pytest, "-k", "test_network"],
         "large_maps": [*pytest, "-k", "2_to_31"],
     }
+    # Each of them compiles hundreds of kernels.
+    triton = ["env", "DLA_KERNELS_AUTOTUNE=0", *pytest[:-1], "tests/test_dla_kernels/test_triton.py"]
+    found |= {f"triton_{op}": [*triton, "-m", "not slow", "-k", op] for op in OPS}
+    found["triton_others"] = [*triton, "-k", " and ".join(f"not {op}" for op in OPS)]
     sanitizer = shutil.which("compute-sanitizer")
     for tool in SANITIZERS if sanitizer else ():
         command = [sanitizer, "--tool", tool, "--error-exitcode", "3", "--launch-timeout", "120"]

@@ -93,7 +93,7 @@ COLUMNS: dict[str, dict[str, Callable[[dict], str]]] = {
         **_MS,
         "GB/s": lambda row: f"{bytes_per_s(row) / 1e9:.1f}" if bytes_per_s(row) else "",
         "of copy": lambda row: f"{of_copy(row):.0%}" if of_copy(row) else "",
-        **_over_ours(["reference", "compiled", "triton", "native, CUDA graph"]),
+        **_over_ours(["reference", "compiled", "triton", "native, CUDA graph", "triton, CUDA graph"]),
     },
     "blocks": _MS | _OVER_PLAIN | _over_ours(["reference", "literal", "compiled reference", "compiled literal"]),
     "models": {
