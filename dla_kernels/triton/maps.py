@@ -20,8 +20,8 @@ from dla_kernels.native import is_walkable
 from dla_kernels.triton import interpreting, tuning
 from dla_kernels.triton.tuning import cdiv, power_of_2
 
-#: (elements, warps) of a tile, the default first. Eight elements a thread hide the memory's latency; large maps may
-#: gain by more, small ones by more programs.
+#: (elements of 16 bits, warps) of a tile, the default first. Eight elements a thread hide the memory's latency; large
+#: maps may gain by more, small ones by more programs.
 SIZES = ((1024, 4), (2048, 4), (4096, 8), (512, 4))
 
 #: Programs that fill a large GPU: eight of four warps on each of some 130 multiprocessors. With fewer samples and
@@ -98,13 +98,16 @@ def tile_of(channels: int, height: int, width: int, channels_last: bool, element
 
 def tiles_of(x: Tensor, sizes: tuple[tuple[int, int], ...] = SIZES, of: Callable[..., Tile] = tile_of) -> list[Tile]:
     """The tiles of a map for which sizes there are, the default first."""
-    return _tiles(of, x.shape[1:], is_channels_last(x), x.dtype == torch.float64 and not interpreting(), sizes)
+    itemsize = x.dtype.itemsize
+    if interpreting() or (of is not tile_of and itemsize < 8):  # one that goes down rows keeps sums, not what it reads
+        itemsize = 2
+    return _tiles(of, x.shape[1:], is_channels_last(x), itemsize, sizes)
 
 
 @functools.lru_cache(1024)  # at every launch
-def _tiles(of, shape: torch.Size, channels_last: bool, double: bool, sizes) -> list[Tile]:
-    if double:  # takes two registers for each value and sum: a quarter is a vector as well, and one to each thread
-        sizes = [(max(elements // 4, 32 * warps), warps) for elements, warps in sizes]
+def _tiles(of, shape: torch.Size, channels_last: bool, itemsize: int, sizes) -> list[Tile]:
+    # Sizes are those of 16 bits. A thread has as many bytes of other maps, as it keeps its registers, or one element.
+    sizes = [(max(2 * elements // itemsize, 32 * warps), warps) for elements, warps in sizes]
     tiles = [of(*shape, channels_last, *size) for size in sizes]
     return list(dict.fromkeys(tiles))  # on small maps several are the same
 
