@@ -82,7 +82,7 @@ def test_sees_planes_that_begin_at_any_address():
 @pytest.mark.slow
 def test_sees_a_tile_of_more_elements_than_registers():
     with pytest.raises(AssertionError, match="spills: "):
-        check(compiled(90, "2x64x32x32", "rows", "bfloat16", "8192x2", "light_update"), 90, "rows", "bfloat16")
+        check(compiled(90, "2x64x32x32", "rows", "bfloat16", "2048x4", "light_update"), 90, "rows", "bfloat16")
 
 
 # Whatever the tuning may choose, one to three minutes each.

@@ -22,6 +22,7 @@ from dla_kernels.triton.maps import (
     dense,
     extent,
     inside_of,
+    is_channels_last,
     join_moments,
     join_sums,
     lanes_together,
@@ -39,7 +40,8 @@ from dla_kernels.triton.maps import (
 from dla_kernels.triton.tuning import power_of_2
 
 #: (elements, warps) of a tile, the default first, without and with a filter of the carry. A thread takes the taps, and
-#: in the backward 16 or 28 sums and values of each of its elements, from row to row: more elements than here spill.
+#: in the backward 16 or 28 sums and values of each of its elements, from row to row: more elements than here spill. The
+#: backward has those of a filter in NCHW too, where each element has an address of its own.
 FORWARD_SIZES = ((512, 4), (1024, 4)), ((512, 4),)
 BACKWARD_SIZES = ((512, 4), (256, 2)), ((256, 4), (128, 2))
 
@@ -451,7 +453,7 @@ def backward(
         query_weight, key_weight, dense(value_weight), map_beside(carried, o),
         *map(dense, (carry_scale, gate, carry_weight)), as_map(grad_x), as_map(grad_carried), attention_parts,
         value_parts, scale_parts, gate_parts, carry_parts, of=tile_of,
-        sizes=BACKWARD_SIZES[carry_weight is not None], EPS=eps, **constants,
+        sizes=BACKWARD_SIZES[carry_weight is not None or not is_channels_last(o)], EPS=eps, **constants,
     )  # fmt: skip
     finished = [(attention_parts, of_attention), (gate_parts, of_gate)][: 1 if gate is None else 2]
     join_sums(*zip(*finished, strict=True))
