@@ -17,7 +17,8 @@ help:
 	@echo "make fuzz      every op on 10000 random shapes, layouts and dtypes"
 	@echo "make sanitize  the ops' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench     what ops, blocks and models cost on this machine; results in benchmarks/results/, then make tables"
-	@echo "make tables    bring the tables of README and docs up to date with benchmarks/results/"
+	@echo "make tables    bring the tables of README and docs, and the choice between backends, up to date with"
+	@echo "               benchmarks/results/"
 	@echo "make gpu       tests, compute-sanitizer and benchmarks of the kernels on this machine's GPU; results in benchmarks/results/"
 	@echo "make lint      check style;  make format  mend it"
 
@@ -48,6 +49,7 @@ bench: $(VENV)/.package
 
 tables: $(VENV)/.package
 	$(BIN)/python -I -m dla.benchmarks.report README.md docs/kernels.md
+	$(BIN)/python -I -m dla.benchmarks.choice
 
 # OFFLINE=1, where nothing can be downloaded: the packages that $(PYTHON) has, and ours in a folder before them.
 ifdef OFFLINE

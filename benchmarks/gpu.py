@@ -72,6 +72,10 @@ def pieces(out: Path = RESULTS) -> dict[str, Piece]:
     for name in MODEL_TESTS:
         found[f"models_{name}"] = pytest(f"test_dla/test_{name}.py", "--device", "cuda")
     found["large_maps"] = pytest("test_dla_kernels/test_cuda.py", "-m", "slow")
+    # Each of them compiles hundreds of kernels.
+    triton, ops = ("test_dla_kernels/test_triton.py", "-m", "not slow", "-k"), dla_kernels.ops.__all__
+    found |= {f"triton_{op}": pytest(*triton, op) for op in ops}
+    found["triton_others"] = pytest(*triton, " and ".join(f"not {op}" for op in ops))
     sanitizer = shutil.which("compute-sanitizer")
     for tool, options in SANITIZERS.items() if sanitizer else ():
         command = [sanitizer, "--tool", tool, "--error-exitcode", "3", *options]

@@ -97,6 +97,8 @@ def environment(device: torch.device, command: str = "dla bench", kept_memory: b
         "command": command,
         "memory": "kept between calls" if kept_memory or device.type == "cuda" else "as the C library hands it out",
     }
+    if device.type == "cuda":
+        found["capability"] = "{}.{}".format(*torch.cuda.get_device_capability(device))
     try:
         info = dla_kernels.build_info()
     except RuntimeError as error:

@@ -27,8 +27,9 @@ def main() -> None:
     print(f"no native library: {native.ERROR}" if native.ERROR else table(list(native.build_info().items())))
     rows = [("op", "device", "backend", "why no other")]
     for device in devices():
-        chosen = choose(device)
-        rows += [(op, device.type, chosen, others(chosen, device)) for op in ops.__all__]
+        for op in ops.__all__:
+            chosen = choose(device, op=op)
+            rows.append((op, device.type, chosen, others(chosen, device)))
     print()
     print(table(rows))
 

@@ -2,6 +2,7 @@
 
 A backend is asked for by an op's argument ``backend``, else by :func:`use_backend`, else by the environment variable
 ``DLA_KERNELS_BACKEND``, else it is "auto": the first of :data:`BACKENDS` that can run, Triton's interpreter left out.
+On a GPU for which :data:`dla_kernels.measured.FASTEST` has a figure of the op, the faster one comes first instead.
 One that is asked for by name runs or raises its reason; only "auto" falls back.
 """
 
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from dla_kernels import native, triton
+from dla_kernels import measured, native, triton
 
 #: By name, the one that "auto" prefers first.
 BACKENDS = ("native", "triton", "reference")
@@ -50,8 +51,17 @@ def can_run(backend: str, device: torch.device, raise_error: bool = False) -> bo
     return reason is None
 
 
-def choose(device: torch.device, backend: str | None = None) -> str:
-    """The backend that an op runs on ``device``, given its argument ``backend``.
+def preference(device: torch.device, op: str | None = None) -> tuple[str, ...]:
+    """The backends of an op on ``device``, the one that "auto" prefers first."""
+    if device.type != "cuda" or not measured.FASTEST:
+        return BACKENDS
+    major, minor = torch.cuda.get_device_capability(device)
+    first = measured.FASTEST.get(f"{major}.{minor}", {}).get(op, BACKENDS[0])
+    return first, *(name for name in BACKENDS if name != first)
+
+
+def choose(device: torch.device, backend: str | None = None, op: str | None = None) -> str:
+    """The backend that ``op`` runs on ``device``, given its argument ``backend``; without an op, most of them.
 
     Raises:
         ValueError: no such backend.
@@ -61,9 +71,8 @@ def choose(device: torch.device, backend: str | None = None) -> str:
     if asked != "auto":
         can_run(asked, device, raise_error=True)
         return asked
-    return next(
-        name for name in BACKENDS if can_run(name, device) and not (name == "triton" and triton.interpreting())
-    )  # fmt: skip
+    names = (name for name in preference(device, op) if not (name == "triton" and triton.interpreting()))
+    return next(name for name in names if can_run(name, device))
 
 
 def _asked(backend: str | None) -> str:

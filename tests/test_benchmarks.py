@@ -16,7 +16,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from dla import cli
-from dla.benchmarks import blocks, depth, floors, launches, measure, models, networks, ops, report, run
+from dla.benchmarks import blocks, choice, depth, floors, launches, measure, models, networks, ops, report, run
 from dla.benchmarks.measure import Prepared, Row, Wrong
 from dla_kernels import native
 
@@ -478,3 +478,58 @@ def test_dispatched_ops_are_counted():
         return torch.nn.Sequential(*(torch.nn.SiLU() for _ in range(n)))
 
     assert launches.of_one_block(build, launches.dispatched) == [1, 1]
+
+
+def measured(capability, **times):
+    """Results in which each op took the backends so long, forward and backward."""
+    rows = [
+        {
+            "question": "ops",
+            "labels": {"op": op.replace("_filtered", "+3x3")},
+            "seconds": {backend: {"p50": s} for backend, s in zip(("native", "triton"), seconds, strict=False)},
+            "name": op,
+            "over_ours": {},
+            "facts": {},
+            "base": "reference",
+        }
+        for op, pairs in times.items()
+        for seconds in pairs
+    ]
+    return {"environment": {"device": "a GPU"} | ({"capability": capability} if capability else {}), "rows": rows}
+
+
+def test_the_faster_backend_is_chosen_by_figures_alone():
+    runs = [
+        measured(
+            "9.0",
+            gap_dsu=[(1.0, 0.9), (1.0, 1.05)],
+            norm_residual=[(1.0, 0.5), (1.0, 2.1)],
+            light_update=[(1.0, 0.9)],
+            light_update_filtered=[(1.0, 1.2)],
+            refresh_gates=[(1.0,)],
+        ),
+        measured("8.0", gap_dsu=[(1.0, 2.0)]),
+        measured(None, gap_dsu=[(1.0, 0.1)]),  # on a CPU
+    ]
+    runs[1]["rows"] += [{"question": "ops", "labels": {"op": "gap_dsu"}, "error": "wrong"}]
+    assert choice.fastest(runs) == {
+        "8.0": {"gap_dsu": "native"},
+        "9.0": {"gap_dsu": "triton", "light_update": "native", "norm_residual": "native"},
+    }
+
+
+def test_the_choice_in_the_package_is_that_of_the_results():
+    runs = [run.load(path) for path in sorted((ROOT / choice.RESULTS).glob("*/bench.json"))]
+    assert (ROOT / choice.TARGET).read_text() == choice.source(choice.fastest(runs))
+
+
+def test_a_choice_is_written_as_a_module(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dla_kernels").mkdir()
+    (tmp_path / choice.RESULTS / "gpu").mkdir(parents=True)
+    results = measured("9.0", gap_dsu=[(1.0, 0.9)])
+    (tmp_path / choice.RESULTS / "gpu" / "bench.json").write_text(json.dumps(results | {"limits": {}}))
+    choice.main()
+    found = {}
+    exec((tmp_path / choice.TARGET).read_text(), found)
+    assert found["FASTEST"] == {"9.0": {"gap_dsu": "triton"}}

@@ -18,9 +18,17 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
-@functools.cache
+_looked: list[str | None] = []
+
+
 def _import_error() -> str | None:
-    """Why Triton cannot be imported; None where it can."""
+    """Why Triton cannot be imported; None where it can. Kept in a list: a compiler warns of a cached function."""
+    if not _looked:
+        _looked.append(_import())
+    return _looked[0]
+
+
+def _import() -> str | None:
     try:
         import triton  # noqa: F401
     except ModuleNotFoundError as error:

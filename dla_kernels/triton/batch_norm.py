@@ -21,11 +21,11 @@ def relu(x):
 
 
 @triton.jit
-def incoming(grad_out, pooled, out, b, c, p, inside, A: tl.constexpr, RELU: tl.constexpr):
+def incoming(grad_out, pooled, out, b, c, first, inside, A: tl.constexpr, RELU: tl.constexpr):
     """The gradient of x + keep * normed: of out and its GAP, before a ReLU after the addition."""
-    grad = load(grad_out, b, c, p, inside, A) + pooled
+    grad = load(grad_out, b, c, first, inside, A) + pooled
     if RELU == 2:
-        grad = tl.where(load(out, b, c, p, inside, A) <= 0, 0.0, grad)
+        grad = tl.where(load(out, b, c, first, inside, A) <= 0, 0.0, grad)
     return grad
 
 

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dla_kernels.triton.maps import write_row_sums
+from dla_kernels.triton.tuning import cdiv
 
 #: Where the gates (c~, i, f) stand among the 3C rows of W2.
 JOINT_ORDER, SPLIT_ORDER = (0, 1, 2), (2, 0, 1)
@@ -46,11 +47,14 @@ class Matrix(NamedTuple):
 
 
 class Product(NamedTuple):
-    """out [M, N] = the sum of left [M, K] right [K, N] over the terms, + bias [N], * (mask [M, N] > 0)."""
+    """out [M, N] = the sum of left [M, K] right [K, N] over the terms, + bias [N], * (mask [M, N] > 0).
+
+    Bias and mask are none or one, as a tuple: Triton 3.6 takes no None inside of another argument.
+    """
 
     terms: tuple[tuple[Matrix, Matrix], ...]
-    bias: Tensor | None
-    mask: Matrix | None
+    bias: tuple[Tensor, ...]
+    mask: tuple[Matrix, ...]
     out: Matrix
     M: int
     N: int
@@ -119,32 +123,31 @@ def _multiply(
                         right.data + n * right.column, n < one.N, right.row, one.K, BLOCK_K,
                     )  # fmt: skip
                 inside = (m < one.M)[:, None] & (n < one.N)[None, :]
-                if one.bias is not None:
-                    total += tl.load(one.bias + n, mask=n < one.N, other=0.0)[None, :]
+                for j in tl.static_range(len(one.bias)):
+                    total += tl.load(one.bias[j] + n, mask=n < one.N, other=0.0)[None, :]
                 if RELU:
                     total = tl.where(total < 0, 0.0, total)
-                if one.mask is not None:
-                    address = one.mask.data + m[:, None] * one.mask.row + n[None, :] * one.mask.column
+                for j in tl.static_range(len(one.mask)):
+                    mask = one.mask[j]
+                    address = mask.data + m[:, None] * mask.row + n[None, :] * mask.column
                     total = tl.where(tl.load(address, mask=inside, other=0.0) <= 0, 0.0, total)
                 tl.store(one.out.data + m[:, None] * one.out.row + n[None, :] * one.out.column, total, mask=inside)
 
 
 def multiply(products: Sequence[Product], relu: bool = False) -> None:
     """Independent products in one launch."""
-    tiles = max(triton.cdiv(p.M, BLOCK_M) * triton.cdiv(p.N, BLOCK_N) for p in products)
+    tiles = max(cdiv(p.M, BLOCK_M) * cdiv(p.N, BLOCK_N) for p in products)
     if tiles > 0:
         _multiply[(tiles, len(products))](
             tuple(products), RELU=relu, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=4
         )  # fmt: skip
 
 
-def product(
-    left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
-) -> Product:  # fmt: skip
+def product(left: Tensor, right: Tensor, out: Tensor, mask: Tensor | None = None) -> Product:
     """One term; ``out`` and ``mask`` may be views."""
     return Product(
-        ((matrix(left), matrix(right)),), bias, None if mask is None else matrix(mask), matrix(out),
-        *out.shape, left.shape[1],
+        ((matrix(left), matrix(right)),), (), () if mask is None else (matrix(mask),), matrix(out), *out.shape,
+        left.shape[1],
     )  # fmt: skip
 
 
@@ -156,7 +159,7 @@ def hidden_units(y: Tensor, h: Tensor, parts: Sequence[Branch]) -> list[Tensor]:
         [
             Product(
                 tuple((rows[source], matrix(w1.t())) for source, w1 in branch.w1.items()),
-                branch.b1, None, matrix(out), *out.shape, y.shape[1],
+                () if branch.b1 is None else (branch.b1,), (), matrix(out), *out.shape, y.shape[1],
             )
             for branch, out in zip(parts, s, strict=True)
         ],
@@ -282,7 +285,7 @@ def _step_backward(
 
 
 def _launch(kernel, s: list[Tensor], parts: list[Branch], rows: int, channels: int, layers: int, *tensors, **options):
-    programs = triton.cdiv(rows, BLOCK_M) * triton.cdiv(channels, BLOCK_N)
+    programs = cdiv(rows, BLOCK_M) * cdiv(channels, BLOCK_N)
     if programs > 0:
         kernel[(programs,)](
             tuple(s), tuple(p.w2 for p in parts), tuple(p.b2 for p in parts), *tensors, rows, channels,

@@ -1,11 +1,13 @@
 """What the Triton kernels share about maps: how they lie in memory, tiles of them, their moments, sums over a batch.
 
-A program takes one sample and a block of channels and walks over its pixels, so that what is summed over H and W is
-finished where it was begun: nothing is added atomically, and the order of every sum follows from the shape alone.
+A program takes one sample, a block of channels and a part of the pixels, and walks over them. Where the samples alone
+fill a GPU the part is the whole map, so that what is summed over H and W is finished where it was begun; else one more
+launch joins the parts. Nothing is added atomically, and the order of every sum follows from the shape alone.
 The tile is [channels, pixels] in either layout. One of its strides is 1, which Triton compiles in as a constant:
 the same source then reads 16 bytes a thread along the pixels of NCHW and along the channels of channels_last.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -15,11 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from dla_kernels.native import is_walkable
-from dla_kernels.triton import tuning
+from dla_kernels.triton import interpreting, tuning
+from dla_kernels.triton.tuning import cdiv, power_of_2
 
-#: (elements, warps) of a tile, the default first. Eight elements a thread hide the memory's latency; large maps may
-#: gain by more, small ones by more programs.
+#: (elements of 16 bits, warps) of a tile, the default first. Eight elements a thread hide the memory's latency; large
+#: maps may gain by more, small ones by more programs.
 SIZES = ((1024, 4), (2048, 4), (4096, 8), (512, 4))
+
+#: Programs that fill a large GPU: eight of four warps on each of some 130 multiprocessors. With fewer samples and
+#: channels the pixels are parted, but not into less than :data:`PART` elements, which take as long as another launch.
+FILL, PART = 1024, 8192
 
 
 class Map(NamedTuple):
@@ -79,47 +86,125 @@ def dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def tile_of(x: Tensor, elements: int, warps: int) -> Tile:
+def tile_of(channels: int, height: int, width: int, channels_last: bool, elements: int, warps: int) -> Tile:
     """A tile of up to ``elements``: long along what is adjacent in memory, 64 channels or all the pixels there are."""
-    channels, pixels = triton.next_power_of_2(x.shape[1]), triton.next_power_of_2(x.shape[2] * x.shape[3])
-    if is_channels_last(x):
+    channels, pixels = power_of_2(channels), power_of_2(height * width)
+    if channels_last:
         channels = min(channels, 64)
         return Tile(channels, min(pixels, max(1, elements // channels)), warps)
     pixels = min(pixels, elements)
     return Tile(min(channels, max(1, elements // pixels)), pixels, warps)
 
 
-def walk(kernel: Callable, x: Tensor, *args, sizes: Sequence[tuple[int, int]] = SIZES, **constants) -> None:
-    """Runs ``kernel`` over every sample and block of channels of ``x``."""
+def tiles_of(x: Tensor, sizes: tuple[tuple[int, int], ...] = SIZES, of: Callable[..., Tile] = tile_of) -> list[Tile]:
+    """The tiles of a map for which sizes there are, the default first."""
+    itemsize = x.dtype.itemsize
+    if interpreting() or (of is not tile_of and itemsize < 8):  # one that goes down rows keeps sums, not what it reads
+        itemsize = 2
+    return _tiles(of, x.shape[1:], is_channels_last(x), itemsize, sizes)
+
+
+@functools.lru_cache(1024)  # at every launch
+def _tiles(of, shape: torch.Size, channels_last: bool, itemsize: int, sizes) -> list[Tile]:
+    # Sizes are those of 16 bits. A thread has as many bytes of other maps, as it keeps its registers, or one element.
+    sizes = [(max(2 * elements // itemsize, 32 * warps), warps) for elements, warps in sizes]
+    tiles = [of(*shape, channels_last, *size) for size in sizes]
+    return list(dict.fromkeys(tiles))  # on small maps several are the same
+
+
+class Area(NamedTuple):
+    """What a kernel walks over: channels, the pixels of a sample as rows, and what a program takes of them.
+
+    A kernel that looks at no neighbours has all the pixels in one row.
+    """
+
+    channels: int
+    height: int
+    width: int
+    rows: int
+    columns: int
+
+    @property
+    def parts(self) -> int:
+        return cdiv(self.height, self.rows) * cdiv(self.width, self.columns)
+
+
+def area_of(x: Tensor, block: int | None = None) -> Area:
+    """What programs take of a map; ``block`` is how many channels they have if they go down its rows."""
+    batch, channels, height, width = x.shape
+    pixels, in_rows = height * width, block is not None
+    block = min(channels, block or tiles_of(x)[0].channels)
+    programs = batch * cdiv(channels, max(1, block))
+    parts = max(1, min(FILL // max(1, programs), pixels * block // PART))
+    if not in_rows:
+        return Area(channels, 1, pixels, 1, _evenly(pixels, parts))
+    # A part reads the rows beside it too.
+    row_parts = max(1, min(parts, height // 8))
+    return Area(channels, height, width, cdiv(height, row_parts), _evenly(width, parts // row_parts))
+
+
+def _evenly(pixels: int, parts: int) -> int:
+    """How many pixels a part has: whole vectors, whatever the layout."""
+    return 16 * cdiv(pixels, 16 * parts)
+
+
+def walk(
+    kernel: Callable,
+    x: Tensor,
+    area: Area,
+    *args,
+    sizes: tuple[tuple[int, int], ...] = SIZES,
+    of: Callable[..., Tile] = tile_of,
+    variant: int = 0,
+    **constants,
+) -> None:
+    """Runs ``kernel`` over every sample, block of channels and part of ``x``; ``variant`` as in :mod:`.tuning`."""
 
     def run(tile: Tile) -> None:
-        programs = x.shape[0] * triton.cdiv(x.shape[1], tile.channels)
-        kernel[(programs,)](*args, **constants, BLOCK_C=tile.channels, BLOCK_P=tile.pixels, num_warps=tile.warps)
+        programs = x.shape[0] * cdiv(x.shape[1], tile.channels) * area.parts
+        kernel[(programs,)](*args, area, **constants, BLOCK_C=tile.channels, BLOCK_P=tile.pixels, num_warps=tile.warps)
 
     if x.numel() > 0:
-        tuning.run(kernel, x, [tile_of(x, *size) for size in sizes], run)
+        tuning.run(kernel, x, tiles_of(x, sizes, of), run, variant)
 
 
 @triton.jit
-def place(program, C, BLOCK_C: tl.constexpr):
-    """The sample of a program and its channels [BLOCK_C]."""
-    blocks = tl.cdiv(C, BLOCK_C)
-    b = program // blocks
-    c = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    return b.to(tl.int64), c
+def place(area, BLOCK_C: tl.constexpr):
+    """What a program does: its sample, channels [BLOCK_C], the first row and column, and where it leaves sums [C]."""
+    blocks = tl.cdiv(area.channels, BLOCK_C)
+    across = tl.cdiv(area.width, area.columns)
+    parts = tl.cdiv(area.height, area.rows) * across
+    c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    part = tl.program_id(0) // blocks % parts
+    b = tl.program_id(0) // blocks // parts
+    batch = tl.num_programs(0) // blocks // parts
+    at = (part * batch + b).to(tl.int64) * area.channels
+    return b.to(tl.int64), c, part // across * area.rows, part % across * area.columns, at
 
 
 @triton.jit
-def load(x, b, c, p, inside, dtype: tl.constexpr):
-    """A tile [channels, pixels] of a map, 0 where it is not ``inside``. The strides may reach beyond 32 bits."""
-    address = x.data + b * x.batch + c.to(tl.int64)[:, None] * x.channel + p.to(tl.int64)[None, :] * x.pixel
-    return tl.load(address, mask=inside, other=0.0).to(dtype)
+def inside_of(area, left, c, p):
+    """Which channels and columns of a tile belong to the program. Both limits are known multiples of 16, their least
+    would not be."""
+    return (c < area.channels)[:, None] & ((p < area.width) & (p < left + area.columns))[None, :]
 
 
 @triton.jit
-def store(x, b, c, p, inside, values):
-    address = x.data + b * x.batch + c.to(tl.int64)[:, None] * x.channel + p.to(tl.int64)[None, :] * x.pixel
-    tl.store(address, values.to(x.data.dtype.element_ty), mask=inside)
+def load(x, b, c, first, inside, dtype: tl.constexpr):
+    """A tile [channels, pixels] of a map, from the pixel ``first`` on, 0 where it is not ``inside``."""
+    return tl.load(address(x, b, c, first, inside.shape[1]), mask=inside, other=0.0).to(dtype)
+
+
+@triton.jit
+def store(x, b, c, first, inside, values):
+    tl.store(address(x, b, c, first, inside.shape[1]), values.to(x.data.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def address(x, b, c, first, BLOCK_P: tl.constexpr):
+    """The strides may reach beyond 32 bits. First comes what the tile has in common; the rest is the same in a loop."""
+    origin = x.data + (b * x.batch + tl.cast(first, tl.int64) * x.pixel)
+    return origin + (c.to(tl.int64)[:, None] * x.channel + tl.arange(0, BLOCK_P).to(tl.int64)[None, :] * x.pixel)
 
 
 @triton.jit
@@ -137,31 +222,87 @@ def add_to_moments(mean, m2, values, inside, count):
 
 
 @triton.jit
-def lanes_together(mean, m2, HW, BLOCK_P: tl.constexpr):
-    """The channels' mean and biased variance from those of the lanes [channels, pixels]."""
-    # A lane was inside in every tile but perhaps the last; lanes beyond a small map never.
-    count = tl.cdiv(HW - tl.arange(0, BLOCK_P), BLOCK_P)[None, :].to(mean.dtype)
-    total = tl.sum(mean * count, 1) / HW
-    deviation = mean - total[:, None]
-    return total, tl.sum(m2 + count * deviation * deviation, 1) / HW
+def lanes_together(mean, m2, count, n, total):
+    """The lanes' moments [channels, pixels], of ``count`` values each, as a part's share of the channels' moments.
+
+    The part has n of ``total`` values. Shares of the mean add up to it; see :func:`_join_moments` for the variance.
+    """
+    whole = tl.sum(mean * count, 1)
+    deviation = mean - (whole / n)[:, None]
+    return whole / total, tl.sum(m2 + count * deviation * deviation, 1) / total
 
 
 @triton.jit
-def _moments(o, mean, var, C, HW, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    b, c = place(tl.program_id(0), C, BLOCK_C)
+def counts(rows, columns, BLOCK_P: tl.constexpr, dtype: tl.constexpr):
+    """How many values each lane has seen, as a row beside a tile: the last tile of a row may not reach it."""
+    return (rows * tl.cdiv(columns - tl.arange(0, BLOCK_P), BLOCK_P))[None, :].to(dtype)
+
+
+@triton.jit
+def extent(area, top, left):
+    """Rows and columns of a program's part."""
+    return tl.minimum(area.rows, area.height - top), tl.minimum(area.columns, area.width - left)
+
+
+@triton.jit
+def _moments(o, mean, var, area, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    b, c, top, left, at = place(area, BLOCK_C)
     A: tl.constexpr = mean.dtype.element_ty
     lane_mean = tl.zeros([BLOCK_C, BLOCK_P], A)
     lane_m2 = tl.zeros([BLOCK_C, BLOCK_P], A)
-    for start in range(0, HW, BLOCK_P):
+    _, columns = extent(area, top, left)
+    for start in range(left, left + columns, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        inside = (c < C)[:, None] & (p < HW)[None, :]
+        inside = inside_of(area, left, c, p)
         lane_mean, lane_m2 = add_to_moments(
-            lane_mean, lane_m2, load(o, b, c, p, inside, A), inside, start // BLOCK_P + 1
+            lane_mean, lane_m2, load(o, b, c, start, inside, A), inside, (start - left) // BLOCK_P + 1
         )
-    total, variance = lanes_together(lane_mean, lane_m2, HW, BLOCK_P)
-    tl.store(mean + b * C + c, total, mask=c < C)
+    count = counts(1, columns, BLOCK_P, A)
+    share, variance = lanes_together(lane_mean, lane_m2, count, columns, area.width)
+    tl.store(mean + at + c, share, mask=c < area.channels)
     if var is not None:
-        tl.store(var + b * C + c, variance, mask=c < C)
+        tl.store(var + at + c, variance, mask=c < area.channels)
+
+
+@triton.jit
+def _join_moments(mean_parts, var_parts, mean, var, area, N, BLOCK: tl.constexpr):
+    """Chan's formula over the parts, [parts, N] -> [N]."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    across = tl.cdiv(area.width, area.columns)
+    parts = tl.cdiv(area.height, area.rows) * across
+    total = tl.zeros([BLOCK], mean.dtype.element_ty)
+    for part in range(parts):
+        total += tl.load(mean_parts + tl.cast(part, tl.int64) * N + n, mask=n < N, other=0.0)
+    variance = tl.zeros([BLOCK], mean.dtype.element_ty)
+    for part in range(parts):
+        at = tl.cast(part, tl.int64) * N + n
+        rows, columns = extent(area, part // across * area.rows, part % across * area.columns)
+        share = (rows * columns).to(total.dtype) / (area.height * area.width)
+        deviation = tl.load(mean_parts + at, mask=n < N, other=0.0) / share - total
+        variance += tl.load(var_parts + at, mask=n < N, other=0.0) + share * deviation * deviation
+    tl.store(mean + n, total, mask=n < N)
+    tl.store(var + n, variance, mask=n < N)
+
+
+def parts_like(vector: Tensor, area: Area) -> Tensor:
+    """[parts, B, C] for what is summed over the pixels into ``vector`` [B, C]; itself where there is one part."""
+    return vector[None] if area.parts == 1 else vector.new_empty(area.parts, *vector.shape)
+
+
+def join_moments(mean_parts: Tensor, var_parts: Tensor, mean: Tensor, var: Tensor, area: Area) -> None:
+    """The channels' mean and biased variance [B, C] from those of the parts."""
+    if area.parts > 1 and mean.numel() > 0:
+        BLOCK = 128
+        _join_moments[(cdiv(mean.numel(), BLOCK),)](
+            mean_parts, var_parts, mean, var, area, mean.numel(), BLOCK=BLOCK
+        )  # fmt: skip
+
+
+def join_sums(parts: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
+    """The sums [B, C] from those of the parts, all in one launch."""
+    pairs = [(p.flatten(1), s.view(-1)) for p, s in zip(parts, sums, strict=True) if p.shape[0] > 1 and s.numel() > 0]
+    if pairs:
+        write_row_sums(*zip(*pairs, strict=True))
 
 
 class Table(NamedTuple):
@@ -190,7 +331,13 @@ def _sum_rows(tables, sums, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
 
 def moments(o: Tensor, mean: Tensor, var: Tensor | None) -> None:
     """Each sample's and channel's mean, and its biased variance where there is a ``var``, of a walkable map."""
-    walk(_moments, o, as_map(o), mean, var, o.shape[1], o.shape[2] * o.shape[3])
+    area = area_of(o)
+    mean_parts, var_parts = parts_like(mean, area), None if var is None else parts_like(var, area)
+    walk(_moments, o, area, as_map(o), mean_parts, var_parts)
+    if var is None:
+        join_sums([mean_parts], [mean])
+    else:
+        join_moments(mean_parts, var_parts, mean, var, area)
 
 
 def sum_rows(*tables: Tensor) -> list[Tensor]:
@@ -203,6 +350,6 @@ def sum_rows(*tables: Tensor) -> list[Tensor]:
 def write_row_sums(tables: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
     """As :func:`sum_rows`, into dense vectors."""
     BLOCK_R, BLOCK_N = 64, 16
-    grid = triton.cdiv(max(t.shape[1] for t in tables), BLOCK_N), len(tables)
+    grid = cdiv(max(t.shape[1] for t in tables), BLOCK_N), len(tables)
     described = tuple(Table(t, *t.shape, *t.stride()) for t in tables)
     _sum_rows[grid](described, tuple(sums), BLOCK_R=BLOCK_R, BLOCK_N=BLOCK_N)

@@ -1,15 +1,14 @@
 """Compiles the Triton kernels for a GPU that need not be there, and prints what they need, a JSON object a line.
 
-    python compile_triton.py CAPABILITY SHAPE LAYOUT DTYPE [OP ...]
+    python compile_triton.py CAPABILITY SHAPE LAYOUT DTYPE TILES [OP ...]
 
 The ops are called as they would be, with CPU tensors that stand for the GPU's; a launch only compiles. So the kernels
-and their specialisations are those that a user gets. Every tile that may be chosen is compiled where the environment
-variable ALL_TILES is set, else the default one.
+and their specialisations are those that a user gets. TILES are "default", "all" that may be chosen, or one of our own
+as ELEMENTSxWARPS.
 """
 
 import importlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -43,18 +42,23 @@ class Driver:
 
 
 def needs(binary: bytes) -> dict:
-    """Registers, stack and spills of a kernel, and how many bits its widest global load and store move a thread."""
+    """Registers, stack and spills of a kernel; the bits of its widest global load; and its accesses of 16 bits."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
         done = subprocess.run([CUOBJDUMP, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", done.stdout).groups())
-    widths = {"LDG": 0, "STG": 0}
+    widths = {"LDG": [0], "STG": [0]}
     for name, suffix in re.findall(r"\b(LDG|STG)(\.[A-Z0-9.]+)", done.stdout):
         bits = re.search(r"\.[US]?(8|16|64|128)(\.|$)", suffix)
-        widths[name] = max(widths[name], int(bits[1]) if bits else 32)
-    local = len(re.findall(r"\b(?:LDL|STL)\b", done.stdout))
-    return {"registers": registers, "stack": stack, "local": local, "load": widths["LDG"], "store": widths["STG"]}
+        widths[name].append(int(bits[1]) if bits else 32)
+    return {
+        "registers": registers,
+        "stack": stack,
+        "local": len(re.findall(r"\b(?:LDL|STL)\b", done.stdout)),
+        "load": max(widths["LDG"]),
+        "single": (widths["LDG"] + widths["STG"]).count(16),
+    }
 
 
 def compile_only(seen: set[str]):
@@ -65,11 +69,11 @@ def compile_only(seen: set[str]):
         if compiled.hash not in seen:
             seen.add(compiled.hash)
             elements = kwargs["BLOCK_C"] * kwargs["BLOCK_P"] if "BLOCK_P" in kwargs else None
-            threads = 32 * compiled.metadata.num_warps
+            warps = compiled.metadata.num_warps
             found = {
                 "kernel": f"{self.fn.__module__.removeprefix('dla_kernels.').removeprefix('ops.')}.{self.fn.__name__}",
-                "warps": compiled.metadata.num_warps,
-                "elements": elements and elements / threads,
+                "warps": warps,
+                "elements": elements and elements / 32 / warps,
                 "shared": compiled.metadata.shared,
                 **needs(compiled.asm["cubin"]),
             }
@@ -79,13 +83,17 @@ def compile_only(seen: set[str]):
     return run
 
 
-def every_tile(kernel, x, candidates, launch):
-    *_, result = [launch(tile) for tile in dict.fromkeys(candidates)]
+def every_tile(kernel, x, tiles, launch, variant=0):
+    *_, result = [launch(tile) for tile in tiles]
     return result
 
 
+def with_tile(walk, elements: int, warps: int):
+    return lambda *args, **kwargs: walk(*args, **kwargs | {"sizes": ((elements, warps),)})
+
+
 def calls(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format) -> dict:
-    """Calls of every library op, by the op's name."""
+    """Calls of every library op, by the op's name, with all that a kernel may have to read and to sum."""
     B, C, _, _ = shape
     state = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -97,32 +105,35 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memor
 
     def norm_residual(op):
         op.moments(m())
-        for relu in (0, 1, 2):
+        for relu in (1, 2):
             keep, out = v(B) if relu == 1 else None, m() if relu == 2 else None
             vectors = v(C), v(C), v(C), v(C)
             op.forward(m(), m(), v(B, C), v(B, C), v(C), v(C), keep, 1e-5, relu)
             op.sums(m(), v(B, C), m(), out, *vectors, keep, 1e-5, relu, relu == 1)
-            op.backward(m(), v(B, C), m(), out, *vectors, v(C), v(C), keep, 1e-5, relu, 9, relu != 1)
+            op.backward(m(), v(B, C), m(), out, *vectors, v(C), v(C), keep, 1e-5, relu, 9, True)
 
     def light_update(op):
-        for carry in ((m(), v(C), v(B, C), None), (m(), v(C), v(B, C), v(C, 1, 3, 3)), (None,) * 4):
+        for carry in ((m(), v(C), v(B, C), None), (m(), v(C), v(B, C), v(C, 1, 3, 3))):
             attention = m(), v(B, C), v(1, 1, 5), v(1, 1, 5), v(C, 1, 3, 3), *carry
             op.forward(*attention, 32)
             op.folded(*attention, v(C), v(C), v(C), v(C), 1e-5, 32, True)
             op.backward(
-                m(), v(B, C), m(), v(B, C), m(), *(v(C) for _ in range(5)), v(B), 1e-5, 9, *attention, 32, True,
-                carry[0] is not None,
+                m(), v(B, C), m(), v(B, C), m(), *(v(C) for _ in range(5)), v(B), 1e-5, 9, *attention, 32, True, True
             )  # fmt: skip
 
     def layer_attention(op):
-        for T, later in ((1, 2), (4, 0), (16, 1), (36, 0)):
-            attention, values = (v(B, C), v(B, T, C)), [m() for _ in range(T)]
-            op.forward(*attention, values, v(B, T, C), 32)
-            op.folded(*attention, values, v(B, T, C), m(), v(C), v(C), v(C), v(C), 1e-5, 32)
-            op.backward(
-                m(), m(), *(v(C) for _ in range(6)), v(B), 1e-5, 9, *attention, values, v(B, T, C),
-                [m() for _ in range(later)], [v(B, T + j + 1, C) for j in range(later)], 32, True,
-            )  # fmt: skip
+        T = 20  # a launch of 16 maps, which hands its sum to one of 4
+        for filters in (1, T):
+            vectors = v(B, T, C), v(B, T, C), v(1, 1, 5), v(filters, 1, 5)
+            op.project(*vectors)
+            op.project_backward(v(B, C), v(B, T, C), v(B, T, C), *vectors)
+        attention, values = (v(B, C), v(B, T, C)), [m() for _ in range(T)]
+        op.forward(*attention, values, v(B, T, C), 32)
+        op.folded(*attention, values, v(B, T, C), m(), v(C), v(C), v(C), v(C), 1e-5, 32)
+        op.backward(
+            m(), m(), *(v(C) for _ in range(6)), v(B), 1e-5, 9, *attention, values, v(B, T, C), [m() for _ in range(T)],
+            [v(B, T + j + 1, C) for j in range(T)], 32, True,
+        )  # fmt: skip
 
     def gap_dsu(op):
         for joint in (True, False):
@@ -143,15 +154,18 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memor
     return {f.__name__: f for f in (gap_dsu, layer_attention, light_update, norm_residual, refresh_gates)}
 
 
-def main(capability: str, shape: str, layout: str, dtype: str, *ops: str) -> None:
+def main(capability: str, shape: str, layout: str, dtype: str, tiles: str, *ops: str) -> None:
     triton.runtime.driver.set_active(Driver(int(capability)))
     jit.JITFunction.run = compile_only(set())
-    if os.environ.get("ALL_TILES"):
+    if tiles != "default":
         tuning.run = every_tile
     memory_format = {"planes": torch.contiguous_format, "rows": torch.channels_last}[layout]
     found = calls(tuple(map(int, shape.split("x"))), getattr(torch, dtype), memory_format)
     for op in ops or found:
-        found[op](importlib.import_module(f"dla_kernels.ops.{op}.triton"))
+        module = importlib.import_module(f"dla_kernels.ops.{op}.triton")
+        if "x" in tiles:
+            module.walk = with_tile(module.walk, *map(int, tiles.split("x")))
+        found[op](module)
 
 
 if __name__ == "__main__":

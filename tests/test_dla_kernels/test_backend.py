@@ -10,7 +10,7 @@ import torch
 from test_dla_kernels.cases import TYPICAL
 
 import dla_kernels
-from dla_kernels import backend, native
+from dla_kernels import backend, measured, native
 
 needs_native = pytest.mark.skipif(native.ERROR is not None, reason=str(native.ERROR))
 CPU = torch.device("cpu")
@@ -56,6 +56,41 @@ def test_argument_before_context_before_environment(monkeypatch):
     assert backend.choose(CPU) == "reference"
     monkeypatch.setenv("DLA_KERNELS_BACKEND", "")
     assert backend.choose(CPU) == "native"
+
+
+def test_auto_follows_what_was_measured_of_a_gpu(monkeypatch):
+    """Op by op and by compute capability; what was not measured, and the CPU, take the usual order."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backend.triton, "interpreting", lambda: False)
+    missing = set()
+    monkeypatch.setattr(backend, "why_not", lambda name, device: "not here" if name in missing else None)
+    assert [backend.choose(gpu, op=op) for op in TYPICAL] == ["native"] * len(TYPICAL)  # no figures yet
+    monkeypatch.setattr(measured, "FASTEST", {"9.0": {"light_update": "triton", "gap_dsu": "native"}})
+    assert backend.choose(gpu, op="light_update") == "triton"
+    assert [backend.choose(gpu, op=op) for op in ("gap_dsu", "norm_residual")] == ["native"] * 2
+    assert backend.choose(CPU, op="light_update") == "native"
+    assert backend.choose(gpu, "native", "light_update") == "native"  # asked for by name
+    missing.add("triton")
+    assert backend.choose(gpu, op="light_update") == "native"
+    missing.update({"native"})
+    assert backend.choose(gpu, op="light_update") == "reference"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    missing.clear()
+    assert backend.choose(gpu, op="light_update") == "native"
+
+
+@pytest.mark.parametrize("op", TYPICAL)
+def test_every_op_asks_for_its_own_choice(op, monkeypatch):
+    module, asked = importlib.import_module(f"dla_kernels.ops.{op}"), set()
+
+    def choose(device, backend=None, op=None):
+        asked.add(op)
+        return "reference"
+
+    monkeypatch.setattr(module, "choose", choose)
+    TYPICAL[op](dtype=torch.float32)()
+    assert asked == {op}
 
 
 def test_unknown_names(monkeypatch):

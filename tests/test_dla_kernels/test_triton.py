@@ -1,16 +1,19 @@
 """The Triton backend against the reference: on a GPU where there is one, else in Triton's interpreter."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_close
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_dla_kernels.cases import MAKE, ROWS, TYPICAL, Call
+from test_dla_kernels.cases import MAKE, ROWS, TYPICAL, Call, in_layout
 from test_dla_kernels.test_fused import LIMITS, slack_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -69,7 +72,7 @@ def test_matches_the_reference_in_every_dtype(make, dtype):
 
 
 def any_call(op: str, data: st.DataObject) -> Call:
-    layouts = st.sampled_from(("planes", "rows", "planes sliced", "rows sliced", "transposed"))
+    layouts = st.sampled_from(("planes", "rows", "planes sliced", "rows sliced", "transposed", "every second column"))
     options = {"layout": data.draw(layouts), "other": data.draw(layouts)}
     if op in ("norm_residual", "light_update", "layer_attention"):
         options |= {"keep": data.draw(st.booleans()), "statistics": data.draw(st.sampled_from(("own", "running")))}
@@ -85,6 +88,9 @@ def any_call(op: str, data: st.DataObject) -> Call:
     if op in ("gap_dsu", "refresh_gates"):
         options["form"] = data.draw(st.sampled_from(("joint", "split")))
         options["activation"] = data.draw(st.sampled_from(("identity", "tanh", "sigmoid")))
+        options["gate"] = data.draw(st.sampled_from(("context", "hidden")))
+    if op == "gap_dsu":
+        options |= {"carried": data.draw(st.booleans()), "pooled": data.draw(st.booleans())}
     sizes = st.integers(1, 12)
     # A channel of one value has no variance to speak of: two samples at least.
     shape = data.draw(st.integers(2, 3)), data.draw(st.integers(1, 40)), data.draw(sizes), data.draw(sizes)
@@ -95,10 +101,16 @@ def any_call(op: str, data: st.DataObject) -> Call:
 FIXTURES_ARE_FINE = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
+def in_small_parts(monkeypatch, elements: int = 64) -> None:
+    """Parts a map's pixels among programs where it would be too small for that."""
+    monkeypatch.setattr(importlib.import_module("dla_kernels.triton.maps"), "PART", elements)
+
+
 @settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=FIXTURES_ARE_FINE)
 @given(data=st.data())
 @pytest.mark.parametrize("op", MAKE)
-def test_any_shape_and_layout(op, data):
+def test_any_shape_and_layout(op, data, monkeypatch):
+    in_small_parts(monkeypatch, data.draw(st.sampled_from((64, 10**6))))
     check(any_call(op, data), 1e-9)  # a sum that nearly cancels has fewer digits left
 
 
@@ -106,8 +118,172 @@ def test_any_shape_and_layout(op, data):
 @settings(max_examples=60, deadline=None, suppress_health_check=FIXTURES_ARE_FINE)
 @given(data=st.data())
 @pytest.mark.parametrize("op", MAKE)
-def test_any_shape_and_layout_at_length(op, data):
+def test_any_shape_and_layout_at_length(op, data, monkeypatch):
+    in_small_parts(monkeypatch, data.draw(st.sampled_from((64, 10**6))))
     check(any_call(op, data), 1e-9)
+
+
+@pytest.mark.parametrize("layout", ["planes", "rows"])
+@pytest.mark.parametrize("op", ["gap_dsu", "layer_attention", "light_update", "norm_residual"])
+def test_a_sample_among_several_programs(op, layout, monkeypatch):
+    """Every sum over its pixels is then one over parts: in rows and in columns where a filter looks at neighbours."""
+    maps = importlib.import_module("dla_kernels.triton.maps")
+    in_small_parts(monkeypatch)
+    x = in_layout(torch.empty(2, 8, 17, 19), layout)
+    assert (maps.area_of(x).parts, maps.area_of(x, block=8).parts) == ({"planes": 7, "rows": 21}[layout], 4)
+    options = {"light_update": {"carry": "gate filter"}, "norm_residual": {"keep": True, "relu": "branch"}}
+    options["layer_attention"] = {"T": 2}
+    check(MAKE[op](*x.shape, torch.float32, layout, **options.get(op, {})), LIMITS[torch.float32])
+    if op in ("light_update", "layer_attention"):
+        check_inference(MAKE[op](*x.shape, torch.float32, layout, statistics="running", **options[op]))
+
+
+def test_parts_fill_a_gpu_and_are_no_more():
+    maps = importlib.import_module("dla_kernels.triton.maps")
+
+    def parts(*shape, block=None):
+        x = torch.empty(shape, device="meta").to(memory_format=torch.channels_last)
+        area = maps.area_of(x, block)
+        programs = shape[0] * -(-shape[1] // min(64, shape[1])) * area.parts
+        assert area.parts == 1 or programs <= 2 * maps.FILL
+        return area.parts
+
+    assert parts(256, 256, 56, 56) == parts(64, 2048, 7, 7) == 1  # the samples alone are enough
+    assert parts(128, 64, 32, 32) == 8
+    assert parts(128, 64, 32, 32, block=64) == 8
+    assert parts(1, 256, 128, 128) == 128  # no less than PART elements each
+    assert parts(1, 256, 128, 128, block=64) == 128
+    assert parts(1, 16, 8, 8) == parts(1, 16, 8, 8, block=16) == 1
+
+
+def far_apart(shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
+    """A map whose elements lie further apart than 32 bits count; of its memory only what is touched is there."""
+    size = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+    assert size > 2**31
+    memory = torch.from_numpy(np.empty(2 * size, dtype=np.uint8)).view(torch.bfloat16)
+    return memory.as_strided(shape, stride).copy_(torch.randn(shape))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU all of the memory is there")
+@pytest.mark.parametrize(
+    ("shape", "stride"),
+    [
+        pytest.param((2, 3, 4, 4), (2**31 + 16, 16, 4, 1), id="samples"),
+        pytest.param((1, 3, 4, 4), (16, 2**30 + 16, 4, 1), id="planes"),
+        pytest.param((1, 3, 4, 4), (3, 1, 4 * (2**28 + 16), 2**28 + 16), id="pixels"),
+    ],
+)
+def test_strides_beyond_32_bits(shape, stride):
+    layout = "rows" if stride[1] == 1 else "planes"
+    for op in ("norm_residual", "light_update", "layer_attention"):
+        call = MAKE[op](*shape, torch.bfloat16, layout, **({"T": 1} if op == "layer_attention" else {}))
+        name = "maps.0" if op == "layer_attention" else "x"
+        with torch.no_grad():
+            near = call("triton")
+            call.tensors[name] = far_apart(shape, stride).copy_(call.tensors[name])
+            for i, (far, expected) in enumerate(zip(call("triton"), near, strict=True)):
+                assert torch.equal(far, expected), f"{op}, output {i}"
+
+
+def check_inference(call: Call) -> None:
+    """Without gradients and with running statistics another kernel runs: one pass."""
+    with torch.no_grad():
+        actual, expected = on_device(call)("triton"), call.to_double()("reference")
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert_close(a.cpu(), e, LIMITS[call.tensors["norm.weight"].dtype], f"output {i}")
+
+
+@pytest.mark.parametrize("layout", ["planes", "rows"])
+@pytest.mark.parametrize("carry", ["none", "plain", "gate", "gate filter"])
+def test_inference_of_light_update_folds_the_norm(carry, layout):
+    check_inference(MAKE["light_update"](2, 12, 5, 7, torch.float32, layout, carry=carry, statistics="running"))
+
+
+@pytest.mark.parametrize("layout", ["planes", "rows"])
+@pytest.mark.parametrize("T", [1, 3])
+def test_inference_of_layer_attention_folds_the_norm(T, layout, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("dla_kernels.ops.layer_attention.triton"), "LAYERS", 2)
+    check_inference(MAKE["layer_attention"](2, 12, 5, 7, torch.float32, layout, T=T, statistics="running"))
+
+
+#: As plain as a call of every op can be: for tests that make it many times.
+SMALL = {
+    "gap_dsu": partial(MAKE["gap_dsu"], 2, 4, 2, 3, torch.float64, carried=True),
+    "layer_attention": partial(MAKE["layer_attention"], 2, 4, 2, 3, torch.float64, T=2),
+    "light_update": partial(MAKE["light_update"], 2, 4, 2, 3, torch.float64, carry="gate filter"),
+    "norm_residual": partial(MAKE["norm_residual"], 2, 4, 2, 3, torch.float64, keep=True),
+    "refresh_gates": partial(MAKE["refresh_gates"], 2, 4, 1, 1, torch.float64, T=2),
+}
+
+
+@pytest.mark.parametrize("op", SMALL)
+def test_only_the_gradients_asked_for(op):
+    """Each tensor alone: the others' gradients are not needed, and its own is the same."""
+    call = on_device(SMALL[op]()).require_grad()
+    everything = call.run("triton")
+    for name, tensor in call.tensors.items():
+        for other in call.tensors.values():
+            other.requires_grad_(other is tensor)
+        outputs = call("triton")
+        reached = [(o, d) for o, d in zip(outputs, call.directions(outputs), strict=True) if o.requires_grad]
+        outputs, directions = zip(*reached, strict=True)
+        (grad,) = torch.autograd.grad(outputs, [tensor], directions)
+        assert_close(grad, everything[f"gradient of {name}"], 1e-13, name)
+
+
+@pytest.mark.parametrize("op", SMALL)
+def test_each_output_alone(op):
+    """A loss may see one output only; the others' gradients then never come."""
+    call = on_device(SMALL[op]()).require_grad()
+    for i in range(len(call("reference"))):
+        grads = [
+            torch.autograd.grad(c(b)[i].square().sum(), list(c.tensors.values()), allow_unused=True)
+            for c, b in ((call, "triton"), (call.to_double(), "reference"))
+        ]
+        for name, actual, expected in zip(call.tensors, *grads, strict=True):
+            zero = torch.zeros_like(call.tensors[name])
+            actual, expected = (zero if grad is None else grad for grad in (actual, expected))
+            assert_close(actual, expected, 1e-12, f"output {i}, gradient of {name}")
+
+
+@pytest.mark.parametrize("op", SMALL)
+def test_nan_passes(op):
+    """A bad sample shows where it does in the reference: in its own outputs, and nowhere else."""
+    for name in SMALL[op]().tensors:
+        call = on_device(SMALL[op]())
+        with torch.no_grad():
+            call.tensors[name].view(-1)[1] = torch.nan
+            for i, (actual, expected) in enumerate(zip(call("triton"), call("reference"), strict=True)):
+                if name.startswith(("value_weight", "carry_weight")) and actual.dim() == 4:
+                    continue  # at the border the kernels multiply the padding's zero by the tap
+                assert torch.equal(actual.isfinite(), expected.isfinite()), f"{name}, output {i}"
+
+
+#: Launches of a call, forward and backward: what docs/kernels.md says.
+LAUNCHES = [
+    ("gap_dsu", {}, (3, 5)),
+    ("gap_dsu", {"carried": True}, (5, 11)),
+    ("refresh_gates", {}, (2, 5)),
+    ("layer_attention", {"T": 1}, (5, 8)),
+    ("light_update", {}, (3, 5)),
+    ("norm_residual", {}, (3, 3)),
+]
+
+
+@pytest.mark.parametrize(("op", "options", "launches"), LAUNCHES)
+def test_launches(op, options, launches, monkeypatch):
+    """Beside them only what torch launches for a few vectors. Only the first axis of a grid has room for many."""
+    from triton.runtime.jit import KernelInterface
+
+    monkeypatch.setenv("DLA_KERNELS_AUTOTUNE", "0")
+    grids, get = [], KernelInterface.__getitem__
+    monkeypatch.setattr(KernelInterface, "__getitem__", lambda self, grid: grids.append(grid) or get(self, grid))
+    call = on_device(MAKE[op](2, 8, 4, 4, torch.float32, **options))
+    outputs = call.require_grad()("triton")
+    forward = len(grids)
+    torch.autograd.grad(outputs, [*call.differentiable.values()], [torch.ones_like(o) for o in outputs])
+    assert (forward, len(grids) - forward) == launches
+    assert all(rest <= 8 for _, *rests in grids for rest in rests)
 
 
 def test_more_layers_than_a_launch_takes(monkeypatch):
@@ -185,6 +361,23 @@ def test_compiles_to_one_graph(op):
         assert_close(actual, wanted, 1e-13, f"tensor {i}")
 
 
+@pytest.mark.parametrize("op", TYPICAL)
+def test_exports_and_runs_again(op, tmp_path):
+    call = on_device(TYPICAL[op](dtype=torch.float32))
+
+    class Module(torch.nn.Module):
+        def forward(self, *tensors):
+            return call.function(*tensors, backend="triton")
+
+    tensors = tuple(t.detach() for t in call.tensors.values())
+    program = torch.export.export(Module(), tensors)
+    assert f"dla_kernels_triton.{op}_forward" in str(program.graph)
+    torch.export.save(program, tmp_path / "op.pt2")
+    outputs = torch.export.load(tmp_path / "op.pt2").module()(*tensors)
+    for i, (actual, expected) in enumerate(zip(outputs, call("triton"), strict=True)):
+        assert torch.equal(actual, expected), f"output {i}"
+
+
 @pytest.mark.parametrize("layout", ["planes", "rows", "rows sliced", "transposed"])
 @pytest.mark.parametrize("op", ["norm_residual", "light_update", "layer_attention"])
 def test_fake_tensors_have_the_same_strides(op, layout):
@@ -246,3 +439,61 @@ def test_import_does_not_load_triton():
     script = "import sys, dla_kernels; assert 'triton' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="no GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("op", TYPICAL)
+def test_graph(op, monkeypatch, tmp_path):
+    """Captured with its gradient before anything was timed, which it is not then, and replayed on other values."""
+    tuning = importlib.import_module("dla_kernels.triton.tuning")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    call = on_device(TYPICAL[op](dtype=torch.float32)).require_grad()
+    directions = [d.to(DEVICE) for d in call.directions([o.cpu() for o in call("triton")])]
+    monkeypatch.setenv("DLA_KERNELS_AUTOTUNE", "0")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call.run("triton", directions)  # compiles
+    torch.cuda.synchronize()
+    monkeypatch.delenv("DLA_KERNELS_AUTOTUNE")
+    tuning._fastest.cache_clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call.run("triton", directions)
+    assert not tuning._fastest()
+    with torch.no_grad():
+        for tensor in call.differentiable.values():
+            tensor.mul_(0.5)
+    graph.replay()
+    monkeypatch.setenv("DLA_KERNELS_AUTOTUNE", "0")
+    for name, value in call.run("triton", directions).items():
+        assert torch.equal(captured[name], value), name
+    tuning._fastest.cache_clear()
+
+
+@needs_gpu
+@pytest.mark.parametrize("op", ["norm_residual", "light_update", "layer_attention"])
+def test_tuned_on_the_gpu(op, monkeypatch, tmp_path):
+    """Whatever tile is the fastest, the result is right, and the choice is kept."""
+    tuning = importlib.import_module("dla_kernels.triton.tuning")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("DLA_KERNELS_AUTOTUNE", raising=False)
+    tuning._fastest.cache_clear()
+    for layout in ("planes", "rows"):
+        check(MAKE[op](8, 64, 32, 32, torch.float32, layout), LIMITS[torch.float32])
+    assert len(json.loads((tmp_path / "dla_kernels" / "triton-tiles.json").read_text())) >= 4
+    tuning._fastest.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second GPU")
+@pytest.mark.parametrize("op", TYPICAL)
+def test_second_device(op):
+    """While the first one is current."""
+    call = TYPICAL[op](dtype=torch.float32)
+    expected = call.to_double()("reference")
+    moved = Call(call.op, {n: t.detach().to("cuda:1") for n, t in call.tensors.items()}, call.options, call.training)
+    for i, (actual, wanted) in enumerate(zip(moved("triton"), expected, strict=True)):
+        assert actual.device == torch.device("cuda:1")
+        assert_close(actual.cpu(), wanted, LIMITS[torch.float32], f"output {i}")

@@ -83,7 +83,7 @@ def gap_dsu(
     if carried is not None:
         check.state("carried", carried, "B C")
     check.one_of("gate", gate, GATES)
-    chosen = choose(x.device, backend)
+    chosen = choose(x.device, backend, "gap_dsu")
     if chosen == "reference":
         return reference.gap_dsu(x, h, c, weights, activation, carried, gate)
     weights = weights if isinstance(weights, DsuWeights) else pack_dsu(weights)

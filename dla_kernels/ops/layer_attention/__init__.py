@@ -89,7 +89,7 @@ def layer_attention(
         check.state("keep", keep, "B")
     if followers < 0:
         check.fail(f"`followers` must be at least 0, got {followers}")
-    chosen = choose(x.device, backend)
+    chosen = choose(x.device, backend, "layer_attention")
     dtype = accumulate_dtype(x)
     norm, query_weight, value_weight = norm.to(dtype), query_weight.to(dtype), value_weight.to(dtype)
     attention = x, features, gates, query_weight, [w.to(dtype) for w in key_weights], value_weight

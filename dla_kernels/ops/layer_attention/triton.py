@@ -17,25 +17,39 @@ from dla_kernels.native import empty_map_like
 from dla_kernels.triton import tuning
 from dla_kernels.triton.batch_norm import means, normalisation, relu, through_norm
 from dla_kernels.triton.maps import (
-    SIZES,
+    Area,
     Map,
     Tile,
     add_to_moments,
+    area_of,
     as_map,
+    counts,
     dense,
+    extent,
+    inside_of,
+    join_moments,
     lanes_together,
     load,
     map_beside,
+    parts_like,
     place,
     store,
     sum_rows,
-    tile_of,
+    tiles_of,
     walk,
     walkable,
 )
+from dla_kernels.triton.tuning import cdiv, power_of_2
 
 #: The most maps that a launch reads: the loads of more, and their weights, do not fit into the registers.
 LAYERS = 16
+
+#: (elements, warps) of a forward tile, the default first. More elements of sixteen maps do not fit into the registers.
+FORWARD_SIZES = ((1024, 4), (512, 2))
+
+#: (elements, warps) of a backward tile, the default first. Each leaves its products with every map, which are read
+#: again: large ones keep that to a few percent of the maps' own bytes.
+BACKWARD_SIZES = ((4096, 8), (2048, 4), (1024, 4))
 
 
 @triton.jit
@@ -92,10 +106,9 @@ def _weights(
 
 @triton.jit
 def _weights_backward(
-    q, k, gates, grad_weights, grad_q, grad_k, grad_gates, C, T, part, PARTS, HEAD_DIM: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    q, k, gates, grad_weights, grad_q, grad_k, grad_gates, C, T, HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """From the gradient of the weights, in PARTS parts [B, T, C] that are ``part`` elements apart."""
     heads = C // HEAD_DIM
     b = (tl.program_id(0) // heads).to(tl.int64)
     j = tl.arange(0, BLOCK_D)
@@ -107,7 +120,7 @@ def _weights_backward(
     for start in range(0, T, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         a = tl.exp(scores(q, k, b, t, T, i, C, inside, HEAD_DIM) - top) / total
-        grad = added_up(grad_weights, PARTS, part, b, t, T, i, C, inside, BLOCK_T, BLOCK_D)
+        grad = layer_rows(grad_weights, b, t, T, i, C, inside)
         grad_a = tl.sum(grad * layer_rows(gates, b, t, T, i, C, inside), 1)
         weighted += tl.where(t < T, a * grad_a, 0.0)
         tl.store(
@@ -120,7 +133,7 @@ def _weights_backward(
     for start in range(0, T, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         a = tl.exp(scores(q, k, b, t, T, i, C, inside, HEAD_DIM) - top) / total
-        grad = added_up(grad_weights, PARTS, part, b, t, T, i, C, inside, BLOCK_T, BLOCK_D)
+        grad = layer_rows(grad_weights, b, t, T, i, C, inside)
         grad_a = tl.sum(grad * layer_rows(gates, b, t, T, i, C, inside), 1)
         grad_score = tl.where(t < T, a * (grad_a - mean), 0.0) / tl.sqrt(tl.full((), HEAD_DIM, a.dtype))
         of_q += tl.sum(grad_score[:, None] * layer_rows(k, b, t, T, i, C, inside), 0)
@@ -132,107 +145,95 @@ def _weights_backward(
 
 
 @triton.jit
-def added_up(
-    x, PARTS, part, b, t, T, i, C, inside, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    total = tl.zeros([BLOCK_T, BLOCK_D], x.dtype.element_ty)
-    for n in range(PARTS):
-        total += layer_rows(x + tl.cast(n, tl.int64) * part, b, t, T, i, C, inside)
-    return total
-
-
-@triton.jit
 def layer_weight(weights, m, count, first, T, b, c, C):
     """[channels] of the weights [B, T, C] of map m of a launch, as a column; 0 where the map only fills the tuple."""
     return tl.load(weights + (b * T + first + m) * C + c, mask=c < tl.where(m < count, C, 0), other=0.0)[:, None]
 
 
 @triton.jit
-def weighted_sum(total, maps, weights, count, first, T, b, c, p, C, HW, A: tl.constexpr):
+def weighted_sum(total, maps, weights, count, first, T, b, c, start, C, inside, A: tl.constexpr):
     """total + the first ``count`` of the maps, which are those from ``first`` on of T, times their weights."""
     for m in tl.static_range(len(maps)):
-        there = (c < C)[:, None] & (p < tl.where(m < count, HW, 0))[None, :]
-        total += layer_weight(weights, m, count, first, T, b, c, C) * load(maps[m], b, c, p, there, A)
+        there = inside & (m < count)
+        total += layer_weight(weights, m, count, first, T, b, c, C) * load(maps[m], b, c, start, there, A)
     return total
 
 
 @triton.jit
 def _forward(
-    maps, weights, count, first, T, before, after, o, o_mean, o_var, x, norm_mean, norm_var, weight, bias, out, C, HW,
+    maps, weights, count, first, T, before, after, o, o_mean, o_var, x, norm_mean, norm_var, weight, bias, out, area,
     EPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """o and its moments, or ``out``; where there is an ``after``, only the sum so far."""
-    b, c = place(tl.program_id(0), C, BLOCK_C)
+    b, c, top, left, at = place(area, BLOCK_C)
+    C = area.channels
+    _, columns = extent(area, top, left)
     A: tl.constexpr = weights.dtype.element_ty
     mean = tl.zeros([BLOCK_C, BLOCK_P], A)
     m2 = tl.zeros([BLOCK_C, BLOCK_P], A)
     if out is not None:
         center, _, scale, shift = normalisation(norm_mean, norm_var, weight, bias, c, C, EPS)
-    for start in range(0, HW, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        inside = (c < C)[:, None] & (p < HW)[None, :]
+    for start in range(left, left + columns, BLOCK_P):
+        inside = inside_of(area, left, c, start + tl.arange(0, BLOCK_P))
         total = tl.zeros([BLOCK_C, BLOCK_P], A)
         if before is not None:
-            total = load(before, b, c, p, inside, A)
-        total = weighted_sum(total, maps, weights, count, first, T, b, c, p, C, HW, A)
+            total = load(before, b, c, start, inside, A)
+        total = weighted_sum(total, maps, weights, count, first, T, b, c, start, C, inside, A)
         if after is not None:
-            store(after, b, c, p, inside, total)
+            store(after, b, c, start, inside, total)
         elif out is not None:
-            value = load(x, b, c, p, inside, A) + relu((total - center) * scale + shift)
-            store(out, b, c, p, inside, value)
+            value = load(x, b, c, start, inside, A) + relu((total - center) * scale + shift)
+            store(out, b, c, start, inside, value)
         else:
-            store(o, b, c, p, inside, total)
-            mean, m2 = add_to_moments(mean, m2, total, inside, start // BLOCK_P + 1)
+            store(o, b, c, start, inside, total)
+            mean, m2 = add_to_moments(mean, m2, total, inside, (start - left) // BLOCK_P + 1)
     if o_mean is not None:
-        mean_of_o, var_of_o = lanes_together(mean, m2, HW, BLOCK_P)
-        tl.store(o_mean + b * C + c, mean_of_o, mask=c < C)
-        tl.store(o_var + b * C + c, var_of_o, mask=c < C)
+        count = counts(1, columns, BLOCK_P, A)
+        mean_of_o, var_of_o = lanes_together(mean, m2, count, columns, area.width)
+        tl.store(o_mean + at + c, mean_of_o, mask=c < C)
+        tl.store(o_var + at + c, var_of_o, mask=c < C)
 
 
 @triton.jit
 def _backward(
     grad_out, o, mean, var, weight, bias, sum_weight, sum_bias, keep, values_per_channel, values, weights, parts,
-    value_count, later, later_weights, later_count, first, T, later_T, before, after, grad_o, grad_value, C, HW, tiles,
+    value_count, later, later_weights, later_count, first, T, later_T, before, after, grad_o, grad_value, area,
     EPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One tile: D, its products with the values, and the gradient of the last value."""
-    b, c = place(tl.program_id(0) // tiles, C, BLOCK_C)
-    tile = (tl.program_id(0) % tiles).to(tl.int64)
-    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    b, c, _, left, at = place(area, BLOCK_C)
+    C = area.channels
     A: tl.constexpr = mean.dtype.element_ty
-    inside = (c < C)[:, None] & (p < HW)[None, :]
+    inside = inside_of(area, left, c, left + tl.arange(0, BLOCK_P))
     center, inverse, scale, shift = normalisation(mean, var, weight, bias, c, C, EPS)
     mean_weight, mean_bias = means(sum_weight, sum_bias, values_per_channel, c, C)
-    deviation = load(o, b, c, p, inside, A) - center
-    grad = load(grad_out, b, c, p, inside, A)
+    deviation = load(o, b, c, left, inside, A) - center
+    grad = load(grad_out, b, c, left, inside, A)
     if keep is not None:
         grad *= tl.load(keep + b)
     grad = tl.where(deviation * scale + shift <= 0, 0.0, grad)
     d = tl.where(inside, through_norm(grad, deviation, inverse, scale, mean_bias, mean_weight), 0.0)
     if grad_o is not None:
-        store(grad_o, b, c, p, inside, d)
-    batch = tl.num_programs(0) // tiles // tl.cdiv(C, BLOCK_C)
+        store(grad_o, b, c, left, inside, d)
     for m in tl.static_range(len(values)):
-        there = (c < C)[:, None] & (p < tl.where(m < value_count, HW, 0))[None, :]
-        product = tl.sum(d * load(values[m], b, c, p, there, A), 1)
-        at = ((tile * batch + b) * T + first + m) * C + c
-        tl.store(parts + at, product, mask=c < tl.where(m < value_count, C, 0))
+        product = tl.sum(d * load(values[m], b, c, left, inside & (m < value_count), A), 1)
+        tl.store(parts + at * T + (first + m) * C + c, product, mask=(c < C) & (m < value_count))
     if grad_value is not None:
         if before is None:
             total = tl.load(weights + (b * T + T - 1) * C + c, mask=c < C, other=0.0)[:, None] * d
         else:
-            total = load(before, b, c, p, inside, A)
-        total = weighted_sum(total, later, later_weights, later_count, first, later_T, b, c, p, C, HW, A)
-        store(grad_value if after is None else after, b, c, p, inside, total)
+            total = load(before, b, c, left, inside, A)
+        total = weighted_sum(total, later, later_weights, later_count, first, later_T, b, c, left, C, inside, A)
+        store(grad_value if after is None else after, b, c, left, inside, total)
 
 
 def _launch_weights(kernel, q: Tensor, T: int, head_dim: int, *args, **constants) -> None:
     batch, channels = q.shape
-    block = triton.next_power_of_2(head_dim)
+    block = power_of_2(head_dim)
     if batch > 0:
         kernel[(batch * (channels // head_dim),)](
             *args, **constants, HEAD_DIM=head_dim, BLOCK_D=block,
-            BLOCK_T=max(1, min(16, triton.next_power_of_2(T), 4096 // block)), num_warps=1 if block <= 64 else 4,
+            BLOCK_T=max(1, min(16, power_of_2(T), 4096 // block)), num_warps=1 if block <= 64 else 4,
         )  # fmt: skip
 
 
@@ -248,7 +249,7 @@ def chunks(maps: Sequence[Tensor], first: Tensor) -> list[tuple[tuple[Map, ...],
     """The maps of every launch, filled up to a power of two, and how many they are."""
     described = [map_beside(m, first) for m in maps]
     pieces = [described[i : i + LAYERS] for i in range(0, len(described), LAYERS)]
-    return [((*piece, *piece[:1] * (triton.next_power_of_2(len(piece)) - len(piece))), len(piece)) for piece in pieces]
+    return [((*piece, *piece[:1] * (power_of_2(len(piece)) - len(piece))), len(piece)) for piece in pieces]
 
 
 def _run_forward(q, k, values, gates, first, head_dim, *, o=None, moments=(None, None), x=None, norm=(None,) * 4,
@@ -257,14 +258,18 @@ def _run_forward(q, k, values, gates, first, head_dim, *, o=None, moments=(None,
     weights = attention_weights(q, k, gates, head_dim)
     pieces = chunks(values, first)
     sums = _sums_between(first, len(pieces))
-    _, channels, height, width = first.shape
+    area = area_of(first)
+    moment_parts = tuple(None if m is None else parts_like(m, area) for m in moments)
     for i, (maps, count) in enumerate(pieces):
         last = i == len(pieces) - 1
         walk(
-            _forward, first, maps, weights, count, i * LAYERS, len(values), sums[i], sums[i + 1],
-            as_map(o) if last else None, *(moments if last else (None, None)), as_map(x), *map(dense, norm),
-            as_map(out) if last else None, channels, height * width, EPS=eps,
+            _forward, first, area, maps, weights, count, i * LAYERS, len(values), sums[i], sums[i + 1],
+            as_map(o) if last else None, *(moment_parts if last else (None, None)), as_map(x), *map(dense, norm),
+            as_map(out) if last else None, sizes=FORWARD_SIZES, variant=len(maps),
+            EPS=eps,
         )  # fmt: skip
+    if o is not None:
+        join_moments(*moment_parts, *moments, area)
 
 
 def _sums_between(like: Tensor, launches: int) -> list[Map | None]:
@@ -330,7 +335,6 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     o, q, k, gates = walkable(o), dense(q), dense(k), dense(gates)
     batch, T, channels = k.shape
-    pixels = o.shape[2] * o.shape[3]
     weights = attention_weights(q, k, gates, head_dim)
     grad_o, grad_value = empty_map_like(o), empty_map_like(o) if need_value else None
     later_grads = later_grads if need_value else ()
@@ -342,25 +346,26 @@ def backward(
     maps = map_beside(grad_out, o), as_map(o)
 
     def run(tile: Tile) -> Tensor:
-        tiles = triton.cdiv(pixels, tile.pixels)
-        parts = q.new_empty(tiles, batch, T, channels)
-        programs = batch * triton.cdiv(channels, tile.channels) * tiles
+        area = Area(channels, 1, o.shape[2] * o.shape[3], 1, tile.pixels)
+        parts = q.new_empty(area.parts, batch * T * channels)
+        programs = batch * cdiv(channels, tile.channels) * area.parts
         for i in range(launches):
             some, number = pieces[i] if i < len(pieces) else ((), 0)
             more, later_number = later[i] if i < len(later) else ((), 0)
             _backward[(programs,)](
                 *maps, *vectors, count, some, weights, parts, number, more, of_last, later_number, i * LAYERS, T,
-                len(later_grads), sums[i], sums[i + 1], None if i else as_map(grad_o), as_map(grad_value), channels,
-                pixels, tiles, EPS=eps, BLOCK_C=tile.channels, BLOCK_P=tile.pixels, num_warps=tile.warps,
+                len(later_grads), sums[i], sums[i + 1], None if i else as_map(grad_o), as_map(grad_value), area,
+                EPS=eps, BLOCK_C=tile.channels, BLOCK_P=tile.pixels, num_warps=tile.warps,
             )  # fmt: skip
         return parts
 
     of_q, of_k, of_gates = torch.empty_like(q), torch.empty_like(k), torch.empty_like(gates)
     if o.numel() > 0:
-        parts = tuning.run(_backward, o, [tile_of(o, *size) for size in SIZES], run)
+        read = power_of_2(T + len(later_grads))
+        parts = tuning.run(_backward, o, tiles_of(o, BACKWARD_SIZES), run, read)
+        grad_weights = parts[0] if parts.shape[0] == 1 else sum_rows(parts)[0]
         _launch_weights(
-            _weights_backward, q, T, head_dim, q, k, gates, parts, of_q, of_k, of_gates, channels, T,
-            part=parts.stride(0), PARTS=parts.shape[0],
+            _weights_backward, q, T, head_dim, q, k, gates, grad_weights, of_q, of_k, of_gates, channels, T
         )  # fmt: skip
     return of_q, of_k, of_gates, grad_o, weights, o.new_empty(0) if grad_value is None else grad_value
 
@@ -475,11 +480,11 @@ def project_backward(
         _project_backward[(batch * T,)](
             dense(grad_q), dense(grad_k), dense(grad_gates), gated, features, gates, dense(query_weight),
             dense(key_weights), of_features, of_gates, parts, channels, T, filters, TAPS=taps,
-            BLOCK_C=_channels_at_once(channels), BLOCK_K=triton.next_power_of_2(taps),
+            BLOCK_C=_channels_at_once(channels), BLOCK_K=power_of_2(taps),
         )  # fmt: skip
     of_keys, of_query = sum_rows(*parts.split([filters * taps, taps], dim=1))
     return of_features, of_gates, of_query.view(query_weight.shape), of_keys.view(key_weights.shape)
 
 
 def _channels_at_once(channels: int) -> int:
-    return min(512, triton.next_power_of_2(channels))
+    return min(512, power_of_2(channels))

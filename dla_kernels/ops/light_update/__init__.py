@@ -86,7 +86,7 @@ def light_update(
             check.weight("carry_weight", carry_weight, "C 1 3 3")
     if keep is not None:
         check.state("keep", keep, "B")
-    chosen = choose(x.device, backend)
+    chosen = choose(x.device, backend, "light_update")
     dtype = accumulate_dtype(x)
     norm = norm.to(dtype)
     query_weight, key_weight, value_weight, carry_scale, carry_weight = (

@@ -1,10 +1,12 @@
 """``light_update`` in Triton.
 
-One pass over the maps forward and one backward. A program reads the nine neighbours of a tile by nine loads, of which
-the cache serves eight. The backward reads D, the gradient of o, at the neighbours instead of the maps that were
-convolved: then the gradient of a map and the nine products with its filter come from the same nine values.
+One pass over the maps forward and one backward. A program goes down the rows of a block of columns and reads every row
+once, at its three columns: what a row gives to the outputs of the row above, of its own and of the row below is added
+to sums that go down with it. The backward does so with D, the gradient of o, instead of the maps that were convolved:
+then the gradient of a map and the nine products with its filter come from the same three values of a row.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,24 +14,36 @@ from torch import Tensor
 from dla_kernels.native import empty_map_like
 from dla_kernels.triton.batch_norm import means, normalisation, pooled_gradient, through_norm
 from dla_kernels.triton.maps import (
+    Tile,
     add_to_moments,
+    area_of,
     as_map,
+    counts,
     dense,
+    extent,
+    inside_of,
+    is_channels_last,
+    join_moments,
+    join_sums,
     lanes_together,
     load,
     map_beside,
+    parts_like,
     place,
     store,
     sum_rows,
+    tiles_of,
     vector,
     walk,
     walkable,
 )
+from dla_kernels.triton.tuning import power_of_2
 
-#: (elements, warps) of a tile, the default first. The backward keeps up to 18 sums in each lane: one element a thread
-#: leaves the registers for them.
-FORWARD_SIZES = ((512, 4), (256, 4), (1024, 8))
-BACKWARD_SIZES = ((256, 8), (128, 4), (512, 8))
+#: (elements, warps) of a tile, the default first, without and with a filter of the carry. A thread takes the taps, and
+#: in the backward 16 or 28 sums and values of each of its elements, from row to row: more elements than here spill. The
+#: backward has those of a filter in NCHW too, where each element has an address of its own.
+FORWARD_SIZES = ((512, 4), (1024, 4)), ((512, 4),)
+BACKWARD_SIZES = ((512, 4), (256, 2)), ((256, 4), (128, 2))
 
 
 @triton.jit
@@ -61,93 +75,130 @@ def attention(y, query_weight, key_weight, c, C, HEAD_DIM: tl.constexpr, BLOCK_D
 
 
 @triton.jit
-def neighbours(c, p, TAP: tl.constexpr, C, H, W):
-    """The pixels that lie under a tap of the filter around those of a tile, and which of them exist."""
-    dy: tl.constexpr = TAP // 3 - 1
-    dx: tl.constexpr = TAP % 3 - 1
-    row = p + dy * W
-    inside = (row >= 0) & (row < H * W)
-    if dx < 0:
-        inside &= p % W > 0
-    if dx > 0:
-        inside &= p % W < W - 1
-    return row + dx, (c < C)[:, None] & inside[None, :]
+def filters(weight, factor, c, C):
+    """The nine taps of the filters [C, 9] times a factor, as columns beside a tile."""
+    taps = ()
+    for tap in tl.static_range(9):
+        taps = taps + (factor * vector(weight + tap, 9 * c, 9 * C),)
+    return taps
 
 
 @triton.jit
-def depthwise3x3(x, weight, b, c, p, C, H, W, A: tl.constexpr):
-    """A tile of the map convolved channel by channel with the filters [C, 9], zero-padded by one."""
-    total = tl.zeros([c.shape[0], p.shape[0]], A)
-    for tap in tl.static_range(9):
-        there, exists = neighbours(c, p, tap, C, H, W)
-        total += vector(weight + tap, 9 * c, 9 * C) * load(x, b, c, there, exists, A)
-    return total
+def beside(area, c, p, row, SHIFT: tl.constexpr):
+    """Which pixels exist that lie SHIFT columns beside those of a tile."""
+    exists = (p + SHIFT >= 0) & (p + SHIFT < area.width) & (row >= 0) & (row < area.height)
+    return (c < area.channels)[:, None] & exists[None, :]
+
+
+@triton.jit
+def pass_on(taps, value, SHIFT: tl.constexpr, above, here, below):
+    """Adds what the pixels SHIFT columns beside give to the outputs of the rows above, of their own and below."""
+    above += taps[7 + SHIFT] * value
+    here += taps[4 + SHIFT] * value
+    below += taps[1 + SHIFT] * value
+    return above, here, below
 
 
 @triton.jit
 def _forward(
     x, y, query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight, o, o_mean, o_var,
-    norm_mean, norm_var, weight, bias, out, out_mean, C, H, W, EPS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    norm_mean, norm_var, weight, bias, out, out_mean, area, EPS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """o and its moments; where there is an ``out``, also x + BatchNorm(o) by constant statistics, and its mean."""
-    b, c = place(tl.program_id(0), C, BLOCK_C)
+    b, c, top, left, at = place(area, BLOCK_C)
+    C = area.channels
+    W = area.width
+    rows, columns = extent(area, top, left)
     A: tl.constexpr = o_mean.dtype.element_ty
     a = attention(y + b * C, query_weight, key_weight, c, C, HEAD_DIM, BLOCK_D, TAPS)
+    of_x = filters(value_weight, a, c, C)
     if carried is not None:
         scale = vector(carry_scale, c, C)
-        factor = tl.full([BLOCK_C, 1], 1.0, A)
+        factor = scale
         if gate is not None:
-            factor = vector(gate + b * C, c, C)
+            factor = scale * vector(gate + b * C, c, C)
+        if carry_weight is not None:
+            of_carried = filters(carry_weight, scale, c, C)
     if out is not None:
         center, _, norm_scale, norm_shift = normalisation(norm_mean, norm_var, weight, bias, c, C, EPS)
-    mean = tl.zeros([BLOCK_C, BLOCK_P], A)
-    m2 = tl.zeros([BLOCK_C, BLOCK_P], A)
-    total = tl.zeros([BLOCK_C, BLOCK_P], A)
-    for start in range(0, H * W, BLOCK_P):
+    zero = tl.zeros([BLOCK_C, BLOCK_P], A)
+    mean = zero
+    m2 = zero
+    total = zero
+    for start in range(left, left + columns, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        inside = (c < C)[:, None] & (p < H * W)[None, :]
-        value = a * depthwise3x3(x, value_weight, b, c, p, C, H, W, A)
-        if carried is not None:
-            prior = factor * load(carried, b, c, p, inside, A)
-            if carry_weight is not None:
-                prior += depthwise3x3(carried, carry_weight, b, c, p, C, H, W, A)
-            value += scale * prior
-        if o is not None:
-            store(o, b, c, p, inside, value)
-        mean, m2 = add_to_moments(mean, m2, value, inside, start // BLOCK_P + 1)
-        if out is not None:
-            value = load(x, b, c, p, inside, A) + ((value - center) * norm_scale + norm_shift)
-            store(out, b, c, p, inside, value)
-            total += tl.where(inside, value, 0.0)
-    mean_of_o, var_of_o = lanes_together(mean, m2, H * W, BLOCK_P)
-    tl.store(o_mean + b * C + c, mean_of_o, mask=c < C)
+        above = zero
+        here = zero
+        for row in range(top - 1, top + rows + 1):
+            below = zero
+            for dx in tl.static_range(-1, 2):
+                exists = beside(area, c, p, row, dx)
+                value = load(x, b, c, row * W + start + dx, exists, A)
+                above, here, below = pass_on(of_x, value, dx, above, here, below)
+                if carried is not None:
+                    if carry_weight is not None:
+                        value = load(carried, b, c, row * W + start + dx, exists, A)
+                        above, here, below = pass_on(of_carried, value, dx, above, here, below)
+                        if dx == 0:
+                            here += factor * value
+                    elif dx == 0:
+                        here += factor * load(carried, b, c, row * W + start, exists, A)
+            # The row above is complete now.
+            inside = inside_of(area, left, c, p) & (row > top)
+            first = (row - 1) * W + start
+            if o is not None:
+                store(o, b, c, first, inside, above)
+            seen = (start - left) // BLOCK_P * rows + row - top
+            mean, m2 = add_to_moments(mean, m2, above, inside, tl.maximum(seen, 1))
+            if out is not None:
+                value = load(x, b, c, first, inside, A) + ((above - center) * norm_scale + norm_shift)
+                store(out, b, c, first, inside, value)
+                total += tl.where(inside, value, 0.0)
+            above = here
+            here = below
+    count = counts(rows, columns, BLOCK_P, A)
+    mean_of_o, var_of_o = lanes_together(mean, m2, count, rows * columns, area.height * W)
+    tl.store(o_mean + at + c, mean_of_o, mask=c < C)
     if o_var is not None:
-        tl.store(o_var + b * C + c, var_of_o, mask=c < C)
+        tl.store(o_var + at + c, var_of_o, mask=c < C)
     if out is not None:
-        tl.store(out_mean + b * C + c, tl.sum(total, 1) / (H * W), mask=c < C)
+        tl.store(out_mean + at + c, tl.sum(total, 1) / (area.height * W), mask=c < C)
+
+
+@triton.jit
+def products(sums, d, above, here, below):
+    """The sums of the nine taps' products, given D of a row at its three columns and a map at three rows."""
+    rows = (above, here, below)
+    found = ()
+    for tap in tl.static_range(9):
+        found = found + (sums[tap] + d[2 - tap % 3] * rows[tap // 3],)
+    return found
 
 
 @triton.jit
 def _backward(
     grad_out, grad_out_mean, grad_o, grad_o_mean, o, mean, var, weight, sum_weight, sum_bias, keep, count, x, y,
     query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight, grad_x, grad_carried,
-    attention_parts, value_parts, scale_parts, grad_gate, carry_parts, C, H, W, EPS: tl.constexpr,
+    attention_parts, value_parts, scale_parts, gate_parts, carry_parts, area, EPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    b, c = place(tl.program_id(0), C, BLOCK_C)
+    b, c, top, left, at = place(area, BLOCK_C)
+    C = area.channels
+    W = area.width
+    rows, columns = extent(area, top, left)
     A: tl.constexpr = mean.dtype.element_ty
-    HW = H * W
     a = attention(y + b * C, query_weight, key_weight, c, C, HEAD_DIM, BLOCK_D, TAPS)
     center, inverse, scale, _ = normalisation(mean, var, weight, weight, c, C, EPS)
-    from_out = pooled_gradient(grad_out_mean, b, c, C, HW, A, BLOCK_C)
-    from_o = pooled_gradient(grad_o_mean, b, c, C, HW, A, BLOCK_C)
+    from_out = pooled_gradient(grad_out_mean, b, c, C, area.height * W, A, BLOCK_C)
+    from_o = pooled_gradient(grad_o_mean, b, c, C, area.height * W, A, BLOCK_C)
     mean_weight, mean_bias = means(sum_weight, sum_bias, count, c, C)
     factor = tl.full((), 1, A)
     if keep is not None:
         factor = tl.load(keep + b)
-    # One sum for each tap in every lane; of the carry only the middle one where it has no filter.
     zero = tl.zeros([BLOCK_C, BLOCK_P], A)
+    to_x = filters(value_weight, tl.full([BLOCK_C, 1], 1.0, A), c, C)
+    # One sum for each tap in every lane; of the carry only the middle one where it has no filter.
     of_value = (zero, zero, zero, zero, zero, zero, zero, zero, zero)
     of_carry = of_value if carry_weight is not None else (zero,)
     of_attention = zero
@@ -156,63 +207,89 @@ def _backward(
         gate_value = tl.full([BLOCK_C, 1], 1.0, A)
         if gate is not None:
             gate_value = vector(gate + b * C, c, C)
-    for start in range(0, HW, BLOCK_P):
+        if carry_weight is not None:
+            to_carried = filters(carry_weight, lambda_, c, C)
+    for start in range(left, left + columns, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        inside = (c < C)[:, None] & (p < HW)[None, :]
-        x_here = load(x, b, c, p, inside, A)
-        to_x = zero
-        if carried is not None:
-            carried_here = load(carried, b, c, p, inside, A)
-            to_carried = zero
-        products = ()
-        carry_products = ()
-        for tap in tl.static_range(9):
-            # The input at p met this tap at the output on the other side.
-            there, exists = neighbours(c, p, 8 - tap, C, H, W)
-            grad = load(grad_out, b, c, there, exists, A) + from_out
-            d = through_norm(
-                grad * factor, load(o, b, c, there, exists, A) - center, inverse, scale, mean_bias, mean_weight
-            )  # fmt: skip
-            if grad_o is not None:
-                d += load(grad_o, b, c, there, exists, A)
-            d = tl.where(exists, d + from_o, 0.0)
-            products = products + (of_value[tap] + d * x_here,)
-            to_x += vector(value_weight + tap, 9 * c, 9 * C) * d
-            if tap == 4 and grad_x is not None:
-                residual = grad
+        inside = inside_of(area, left, c, p)
+        # Of the row above and of this one: the maps, and what flows to them so far.
+        x_above = zero
+        x_here = zero
+        above = zero
+        here = zero
+        residual = zero
+        if carry_weight is not None:
+            carried_above = zero
+            carried_here = zero
+            carry_above = zero
+            carry_here = zero
+        for row in range(top - 1, top + rows + 1):
+            d = ()
+            for dx in tl.static_range(-1, 2):
+                exists = beside(area, c, p, row, dx)
+                first = row * W + start + dx
+                grad = load(grad_out, b, c, first, exists, A) + from_out
+                if dx == 0:
+                    own = grad
+                of_o = through_norm(
+                    grad * factor, load(o, b, c, first, exists, A) - center, inverse, scale, mean_bias, mean_weight
+                )  # fmt: skip
+                if grad_o is not None:
+                    of_o += load(grad_o, b, c, first, exists, A)
+                d = d + (tl.where(exists, of_o + from_o, 0.0),)
+            within = inside & (row + 1 >= top) & (row + 1 < top + rows)
+            x_below = load(x, b, c, (row + 1) * W + start, within, A)
+            of_value = products(of_value, d, x_above, x_here, x_below)
+            below = zero
+            for dx in tl.static_range(-1, 2):
+                # The input met the tap at the output on the other side.
+                below, here, above = pass_on(to_x, d[1 - dx], dx, below, here, above)
+            complete = inside & (row > top)
+            of_attention += above * x_above  # the same sum as of D V, with less to cancel than in the taps' sums
+            if grad_x is not None:
+                store(grad_x, b, c, (row - 1) * W + start, complete, residual + a * above)
+            residual = own
+            x_above = x_here
+            x_here = x_below
+            above = here
+            here = below
             if carried is not None:
-                if tap == 4:
-                    to_carried += gate_value * d
                 if carry_weight is not None:
-                    to_carried += vector(carry_weight + tap, 9 * c, 9 * C) * d
-                    carry_products = carry_products + (of_carry[tap] + d * carried_here,)
-                elif tap == 4:
-                    carry_products = carry_products + (of_carry[0] + d * carried_here,)
-        of_value = products
-        of_attention += to_x * x_here  # the same sum as of D V, with less to cancel than in the taps' sums
-        if carried is not None:
-            of_carry = carry_products
-        if grad_x is not None:
-            store(grad_x, b, c, p, inside, residual + a * to_x)
-        if grad_carried is not None:
-            store(grad_carried, b, c, p, inside, lambda_ * to_carried)
-    at = b * C + c
+                    carried_below = load(carried, b, c, (row + 1) * W + start, within, A)
+                    of_carry = products(of_carry, d, carried_above, carried_here, carried_below)
+                    carry_below = zero
+                    for dx in tl.static_range(-1, 2):
+                        carry_below, carry_here, carry_above = pass_on(
+                            to_carried, d[1 - dx], dx, carry_below, carry_here, carry_above
+                        )
+                    carry_here += lambda_ * gate_value * d[1]
+                    if grad_carried is not None:
+                        store(grad_carried, b, c, (row - 1) * W + start, complete, carry_above)
+                    carried_above = carried_here
+                    carried_here = carried_below
+                    carry_above = carry_here
+                    carry_here = carry_below
+                else:
+                    within = inside & (row >= top) & (row < top + rows)
+                    of_carry = (of_carry[0] + d[1] * load(carried, b, c, row * W + start, within, A),)
+                    if grad_carried is not None:
+                        store(grad_carried, b, c, row * W + start, within, lambda_ * gate_value * d[1])
     for tap in tl.static_range(9):
         tap_sum = tl.sum(of_value[tap], 1)
-        tl.store(value_parts + 9 * at + tap, tl.sum(a, 1) * tap_sum, mask=c < C)
-    tl.store(attention_parts + at, tl.sum(of_attention, 1), mask=c < C)
+        tl.store(value_parts + 9 * (at + c) + tap, tl.sum(a, 1) * tap_sum, mask=c < C)
+    tl.store(attention_parts + at + c, tl.sum(of_attention, 1), mask=c < C)
     if carried is not None:
         lambda_vector = tl.load(carry_scale + c, mask=c < C, other=0.0)
-        here = tl.sum(of_carry[4 if carry_weight is not None else 0], 1)
-        of_scale = tl.sum(gate_value, 1) * here
+        middle = tl.sum(of_carry[4 if carry_weight is not None else 0], 1)
+        of_scale = tl.sum(gate_value, 1) * middle
         if gate is not None:
-            tl.store(grad_gate + at, lambda_vector * here, mask=c < C)
+            tl.store(gate_parts + at + c, lambda_vector * middle, mask=c < C)
         if carry_weight is not None:
             for tap in tl.static_range(9):
                 tap_sum = tl.sum(of_carry[tap], 1)
                 of_scale += tl.load(carry_weight + 9 * c + tap, mask=c < C, other=0.0) * tap_sum
-                tl.store(carry_parts + 9 * at + tap, lambda_vector * tap_sum, mask=c < C)
-        tl.store(scale_parts + at, of_scale, mask=c < C)
+                tl.store(carry_parts + 9 * (at + c) + tap, lambda_vector * tap_sum, mask=c < C)
+        tl.store(scale_parts + at + c, of_scale, mask=c < C)
 
 
 @triton.jit
@@ -249,17 +326,36 @@ def _attention_backward(
     tl.store(grad_y + b * C + i, of_y, mask=inside)
 
 
+def tile_of(channels: int, height: int, width: int, channels_last: bool, elements: int, warps: int) -> Tile:
+    """A tile of up to ``elements`` of one row: 64 channels, or all the columns there are."""
+    channels, width = power_of_2(channels), power_of_2(width)
+    if channels_last:
+        channels = min(channels, 64)
+        return Tile(channels, min(width, max(1, elements // channels)), warps)
+    width = min(width, elements)
+    return Tile(min(channels, max(1, elements // width)), width, warps)
+
+
+def _block(x: Tensor) -> int:
+    return tiles_of(x, FORWARD_SIZES[0], tile_of)[0].channels
+
+
 def _run_forward(
     x, y, query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight, o, o_mean, o_var, norm,
     out, out_mean, eps, head_dim,
 ) -> None:  # fmt: skip
-    _, channels, height, width = x.shape
+    area = area_of(x, _block(x))
+    mean_parts, var_parts, out_parts = (None if t is None else parts_like(t, area) for t in (o_mean, o_var, out_mean))
     walk(
-        _forward, x, as_map(x), *map(dense, (y, query_weight, key_weight, value_weight)), map_beside(carried, x),
-        *map(dense, (carry_scale, gate, carry_weight)), as_map(o), o_mean, o_var, *map(dense, norm), as_map(out),
-        out_mean, channels, height, width, sizes=FORWARD_SIZES, EPS=eps, HEAD_DIM=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim), TAPS=query_weight.shape[-1],
+        _forward, x, area, as_map(x), *map(dense, (y, query_weight, key_weight, value_weight)), map_beside(carried, x),
+        *map(dense, (carry_scale, gate, carry_weight)), as_map(o), mean_parts, var_parts, *map(dense, norm),
+        as_map(out), out_parts, of=tile_of, sizes=FORWARD_SIZES[carry_weight is not None], EPS=eps,
+        HEAD_DIM=head_dim, BLOCK_D=power_of_2(head_dim), TAPS=query_weight.shape[-1],
     )  # fmt: skip
+    if o_var is None:
+        join_sums([mean_parts, out_parts], [o_mean, out_mean])
+    else:
+        join_moments(mean_parts, var_parts, o_mean, o_var, area)
 
 
 def forward(
@@ -339,31 +435,35 @@ def backward(
     need_carried: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     o, y, query_weight, key_weight = walkable(o), dense(y), dense(query_weight), dense(key_weight)
-    batch, channels, height, width = o.shape
+    batch, channels = o.shape[:2]
     taps = query_weight.shape[-1]
     grad_x = empty_map_like(o) if need_x else None
     grad_carried = empty_map_like(o) if need_carried else None
-    # Each sample's part of a vector, and of a filter's taps.
-    vector_like, taps_like = (lambda: y.new_empty(batch, channels)), (lambda: y.new_empty(batch, 9 * channels))
-    attention_parts, value_parts, grad_y = vector_like(), taps_like(), vector_like()
-    scale_parts = None if carried is None else vector_like()
-    grad_gate = None if gate is None else vector_like()
-    carry_parts = None if carry_weight is None else taps_like()
-    constants = {"HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "TAPS": taps}
+    area = area_of(o, _block(o))
+    # Each part's share of a vector, and of a filter's taps.
+    grad_y, of_attention, of_gate = y.new_empty(y.shape), y.new_empty(y.shape), y.new_empty(y.shape)
+    attention_parts, gate_parts = parts_like(of_attention, area), None if gate is None else parts_like(of_gate, area)
+    value_parts = y.new_empty(area.parts * batch, 9 * channels)
+    scale_parts = None if carried is None else y.new_empty(area.parts * batch, channels)
+    carry_parts = None if carry_weight is None else torch.empty_like(value_parts)
+    constants = {"HEAD_DIM": head_dim, "BLOCK_D": power_of_2(head_dim), "TAPS": taps}
     walk(
-        _backward, o, map_beside(grad_out, o), dense(grad_out_mean), map_beside(grad_o, o), dense(grad_o_mean),
+        _backward, o, area, map_beside(grad_out, o), dense(grad_out_mean), map_beside(grad_o, o), dense(grad_o_mean),
         as_map(o), *map(dense, (mean, var, weight, sum_weight, sum_bias, keep)), count, map_beside(x, o), y,
         query_weight, key_weight, dense(value_weight), map_beside(carried, o),
         *map(dense, (carry_scale, gate, carry_weight)), as_map(grad_x), as_map(grad_carried), attention_parts,
-        value_parts, scale_parts, grad_gate, carry_parts, channels, height, width, sizes=BACKWARD_SIZES, EPS=eps,
-        **constants,
+        value_parts, scale_parts, gate_parts, carry_parts, of=tile_of,
+        sizes=BACKWARD_SIZES[carry_weight is not None or not is_channels_last(o)], EPS=eps, **constants,
     )  # fmt: skip
+    finished = [(attention_parts, of_attention), (gate_parts, of_gate)][: 1 if gate is None else 2]
+    join_sums(*zip(*finished, strict=True))
     query_parts, key_parts = y.new_empty(batch, taps), y.new_empty(batch, taps)
     if batch > 0:
-        heads = triton.next_power_of_2(channels // head_dim)
+        heads = power_of_2(channels // head_dim)
         _attention_backward[(batch,)](
-            attention_parts, y, query_weight, key_weight, vector_like(), vector_like(), grad_y, query_parts, key_parts,
-            channels, **constants, BLOCK_H=heads, num_warps=max(1, min(8, heads * constants["BLOCK_D"] // 256)),
+            of_attention, y, query_weight, key_weight, torch.empty_like(y), torch.empty_like(y), grad_y, query_parts,
+            key_parts, channels, **constants, BLOCK_H=heads,
+            num_warps=max(1, min(8, heads * constants["BLOCK_D"] // 256)),
         )  # fmt: skip
     parts = [t for t in (query_parts, key_parts, value_parts, scale_parts, carry_parts) if t is not None]
     sums = iter(sum_rows(*parts))
@@ -376,6 +476,6 @@ def backward(
         of_value,
         o.new_empty(0) if grad_carried is None else grad_carried,
         y.new_empty(0) if carried is None else next(sums),
-        y.new_empty(0) if grad_gate is None else grad_gate,
+        y.new_empty(0) if gate is None else of_gate,
         y.new_empty(0) if carry_weight is None else next(sums).view(carry_weight.shape),
     )

@@ -53,7 +53,7 @@ def norm_residual(
         check.state("keep", keep, "B")
     if relu not in RELU:
         check.fail(f"`relu` must be one of {', '.join(map(repr, RELU))}, got {relu!r}")
-    chosen = choose(x.device, backend)
+    chosen = choose(x.device, backend, "norm_residual")
     norm = norm.to(accumulate_dtype(x))
     if chosen == "reference":
         out, y, mean, var, share = reference.norm_residual(x, o, norm, keep, relu)

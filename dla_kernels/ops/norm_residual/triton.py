@@ -9,7 +9,23 @@ from dla_kernels.native import empty_map_like
 from dla_kernels.ops.norm_residual import reference
 from dla_kernels.triton import maps
 from dla_kernels.triton.batch_norm import incoming, means, normalisation, pooled_gradient, relu, through_norm
-from dla_kernels.triton.maps import as_map, dense, load, map_beside, place, store, sum_rows, walk, walkable
+from dla_kernels.triton.maps import (
+    area_of,
+    as_map,
+    dense,
+    extent,
+    inside_of,
+    join_sums,
+    load,
+    map_beside,
+    parts_like,
+    place,
+    store,
+    sum_rows,
+    walk,
+    walkable,
+)
+from dla_kernels.triton.tuning import cdiv
 
 
 @triton.jit
@@ -35,46 +51,50 @@ def _merge(mean, var, used_mean, used_var, B, C, BLOCK_B: tl.constexpr, BLOCK_C:
 
 @triton.jit
 def _forward(
-    x, o, mean, var, weight, bias, keep, out, y, C, HW,
+    x, o, mean, var, weight, bias, keep, out, y, area,
     EPS: tl.constexpr, RELU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    b, c = place(tl.program_id(0), C, BLOCK_C)
+    b, c, top, left, at = place(area, BLOCK_C)
+    C = area.channels
+    HW = area.width
+    _, columns = extent(area, top, left)
     A: tl.constexpr = mean.dtype.element_ty
     center, _, scale, shift = normalisation(mean, var, weight, bias, c, C, EPS)
     total = tl.zeros([BLOCK_C, BLOCK_P], A)
-    for start in range(0, HW, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        inside = (c < C)[:, None] & (p < HW)[None, :]
-        value = (load(o, b, c, p, inside, A) - center) * scale + shift
+    for start in range(left, left + columns, BLOCK_P):
+        inside = inside_of(area, left, c, start + tl.arange(0, BLOCK_P))
+        value = (load(o, b, c, start, inside, A) - center) * scale + shift
         if RELU == 1:
             value = relu(value)
         if keep is not None:
             value *= tl.load(keep + b)
-        value += load(x, b, c, p, inside, A)
+        value += load(x, b, c, start, inside, A)
         if RELU == 2:
             value = relu(value)
-        store(out, b, c, p, inside, value)
+        store(out, b, c, start, inside, value)
         total += tl.where(inside, value, 0.0)
-    tl.store(y + b * C + c, tl.sum(total, 1) / HW, mask=c < C)
+    tl.store(y + at + c, tl.sum(total, 1) / HW, mask=c < C)
 
 
 @triton.jit
 def _sums(
-    grad_out, grad_y, o, out, mean, var, weight, bias, keep, weight_parts, bias_parts, keep_parts, C, HW,
+    grad_out, grad_y, o, out, mean, var, weight, bias, keep, weight_parts, bias_parts, keep_parts, area,
     EPS: tl.constexpr, RELU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    b, c = place(tl.program_id(0), C, BLOCK_C)
+    b, c, top, left, at = place(area, BLOCK_C)
+    C = area.channels
+    HW = area.width
+    _, columns = extent(area, top, left)
     A: tl.constexpr = mean.dtype.element_ty
     center, inverse, scale, shift = normalisation(mean, var, weight, bias, c, C, EPS)
     pooled = pooled_gradient(grad_y, b, c, C, HW, A, BLOCK_C)
     of_weight = tl.zeros([BLOCK_C, BLOCK_P], A)
     of_bias = tl.zeros([BLOCK_C, BLOCK_P], A)
     of_keep = tl.zeros([BLOCK_C, BLOCK_P], A)
-    for start in range(0, HW, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        inside = (c < C)[:, None] & (p < HW)[None, :]
-        grad = tl.where(inside, incoming(grad_out, pooled, out, b, c, p, inside, A, RELU), 0.0)
-        deviation = load(o, b, c, p, inside, A) - center
+    for start in range(left, left + columns, BLOCK_P):
+        inside = inside_of(area, left, c, start + tl.arange(0, BLOCK_P))
+        grad = tl.where(inside, incoming(grad_out, pooled, out, b, c, start, inside, A, RELU), 0.0)
+        deviation = load(o, b, c, start, inside, A) - center
         if keep_parts is not None or RELU == 1:
             normed = deviation * scale + shift
         if RELU == 1:
@@ -89,35 +109,36 @@ def _sums(
     factor = tl.full((), 1, A)
     if keep is not None:
         factor = tl.load(keep + b)
-    at = b * C + c
-    tl.store(weight_parts + at, tl.sum(of_weight * inverse, 1) * factor, mask=c < C)
-    tl.store(bias_parts + at, tl.sum(of_bias, 1) * factor, mask=c < C)
+    tl.store(weight_parts + at + c, tl.sum(of_weight * inverse, 1) * factor, mask=c < C)
+    tl.store(bias_parts + at + c, tl.sum(of_bias, 1) * factor, mask=c < C)
     if keep_parts is not None:
-        tl.store(keep_parts + at, tl.sum(of_keep, 1), mask=c < C)
+        tl.store(keep_parts + at + c, tl.sum(of_keep, 1), mask=c < C)
 
 
 @triton.jit
 def _backward(
-    grad_out, grad_y, o, out, mean, var, weight, bias, sum_weight, sum_bias, keep, grad_x, grad_o, C, HW, count,
+    grad_out, grad_y, o, out, mean, var, weight, bias, sum_weight, sum_bias, keep, count, grad_x, grad_o, area,
     EPS: tl.constexpr, RELU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    b, c = place(tl.program_id(0), C, BLOCK_C)
+    b, c, top, left, _ = place(area, BLOCK_C)
+    C = area.channels
+    HW = area.width
+    _, columns = extent(area, top, left)
     A: tl.constexpr = mean.dtype.element_ty
     center, inverse, scale, shift = normalisation(mean, var, weight, bias, c, C, EPS)
     pooled = pooled_gradient(grad_y, b, c, C, HW, A, BLOCK_C)
     mean_weight, mean_bias = means(sum_weight, sum_bias, count, c, C)
-    for start in range(0, HW, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        inside = (c < C)[:, None] & (p < HW)[None, :]
-        grad = incoming(grad_out, pooled, out, b, c, p, inside, A, RELU)
+    for start in range(left, left + columns, BLOCK_P):
+        inside = inside_of(area, left, c, start + tl.arange(0, BLOCK_P))
+        grad = incoming(grad_out, pooled, out, b, c, start, inside, A, RELU)
         if grad_x is not None:
-            store(grad_x, b, c, p, inside, grad)
-        deviation = load(o, b, c, p, inside, A) - center
+            store(grad_x, b, c, start, inside, grad)
+        deviation = load(o, b, c, start, inside, A) - center
         if keep is not None:
             grad *= tl.load(keep + b)
         if RELU == 1:
             grad = tl.where(deviation * scale + shift <= 0, 0.0, grad)
-        store(grad_o, b, c, p, inside, through_norm(grad, deviation, inverse, scale, mean_bias, mean_weight))
+        store(grad_o, b, c, start, inside, through_norm(grad, deviation, inverse, scale, mean_bias, mean_weight))
 
 
 def moments(o: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,16 +163,19 @@ def forward(
     y, used_mean, used_var = weight.new_empty(x.shape[:2]), weight.new_empty(channels), weight.new_empty(channels)
     if mean.dim() == 2:
         BLOCK = 32
-        _merge[(triton.cdiv(channels, BLOCK),)](
+        _merge[(cdiv(channels, BLOCK),)](
             dense(mean), dense(var), used_mean, used_var, x.shape[0], channels, BLOCK_B=BLOCK, BLOCK_C=BLOCK
         )  # fmt: skip
     else:
         used_mean.copy_(mean)
         used_var.copy_(var)
+    area = area_of(x)
+    y_parts = parts_like(y, area)
     walk(
-        _forward, x, as_map(x), map_beside(o, x), used_mean, used_var, *map(dense, (weight, bias, keep)),
-        as_map(out), y, channels, x.shape[2] * x.shape[3], EPS=eps, RELU=relu,
+        _forward, x, area, as_map(x), map_beside(o, x), used_mean, used_var, *map(dense, (weight, bias, keep)),
+        as_map(out), y_parts, EPS=eps, RELU=relu,
     )  # fmt: skip
+    join_sums([y_parts], [y])
     return out, y, used_mean, used_var
 
 
@@ -170,15 +194,16 @@ def sums(
     need_keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     o = walkable(o)
-    parts = [weight.new_empty(o.shape[:2]) for _ in range(3 if need_keep else 2)]
+    area = area_of(o)
+    parts = [weight.new_empty(area.parts, *o.shape[:2]) for _ in range(3 if need_keep else 2)]
     walk(
-        _sums, o, map_beside(grad_out, o), dense(grad_y), as_map(o), map_beside(out, o),
-        *map(dense, (mean, var, weight, bias, keep)), *parts, *([] if need_keep else [None]), o.shape[1],
-        o.shape[2] * o.shape[3], EPS=eps, RELU=relu,
+        _sums, o, area, map_beside(grad_out, o), dense(grad_y), as_map(o), map_beside(out, o),
+        *map(dense, (mean, var, weight, bias, keep)), *parts, *([] if need_keep else [None]), EPS=eps, RELU=relu,
     )  # fmt: skip
+    rows = [p.flatten(0, 1) for p in parts[:2]]
     if not need_keep:
-        return *sum_rows(*parts), weight.new_empty(0)
-    return tuple(sum_rows(*parts[:2], parts[2].t()))
+        return *sum_rows(*rows), weight.new_empty(0)
+    return tuple(sum_rows(*rows, parts[2].transpose(0, 1).flatten(1).t()))
 
 
 def backward(
@@ -202,9 +227,9 @@ def backward(
     grad_o = empty_map_like(o)
     grad_x = empty_map_like(o) if need_x else None
     walk(
-        _backward, o, map_beside(grad_out, o), dense(grad_y), as_map(o), map_beside(out, o),
-        *map(dense, (mean, var, weight, bias, sum_weight, sum_bias, keep)), as_map(grad_x), as_map(grad_o),
-        o.shape[1], o.shape[2] * o.shape[3], count, EPS=eps, RELU=relu,
+        _backward, o, area_of(o), map_beside(grad_out, o), dense(grad_y), as_map(o), map_beside(out, o),
+        *map(dense, (mean, var, weight, bias, sum_weight, sum_bias, keep)), count, as_map(grad_x), as_map(grad_o),
+        EPS=eps, RELU=relu,
     )  # fmt: skip
     return o.new_empty(0) if grad_x is None else grad_x, grad_o
 

@@ -56,7 +56,7 @@ def refresh_gates(
     check.dsu_weights(weights)
     check.activation(activation)
     check.one_of("gate", gate, GATES)
-    chosen = choose(features.device, backend)
+    chosen = choose(features.device, backend, "refresh_gates")
     if chosen == "reference":
         return reference.refresh_gates(features, gates, h, c, weights, activation, gate)
     weights = weights if isinstance(weights, DsuWeights) else pack_dsu(weights)
