@@ -71,17 +71,16 @@ def of_limit(row: dict) -> float | None:
 
 def reached(row: dict) -> float:
     """What a row of ``floors`` is measured by: see that file."""
-    facts = row["facts"]
+    facts, over_ours = row["facts"], row["over_ours"]
     match facts["unit"]:
         case "of copy":
             return of_copy(row)
         case "x two launches":
-            of_bytes = facts["bytes"] * p50(row, "copy") / (2 * facts["map_bytes"])
-            return p50(row, ours(row)) / (2 * p50(row, "empty") + of_bytes)
+            return 1 / (2 * over_ours["empty"] + facts["bytes"] / (2 * facts["map_bytes"]) * over_ours["copy"])
         case "x as fast":
-            return p50(row, row["base"]) / p50(row, ours(row))
+            return over_ours[row["base"]]
         case "x the time":
-            return p50(row, ours(row)) / p50(row, row["base"])
+            return 1 / over_ours[row["base"]]
     raise ValueError(f"no such unit: {facts['unit']}")
 
 

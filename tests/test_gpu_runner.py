@@ -89,17 +89,24 @@ def test_ends_in_time_with_all_that_it_started(tmp_path, capfd):
 
 
 def test_summary_holds_what_was_asked_of_the_gpu():
-    facts = {"asked": 0.9, "unit": "of copy", "is_most": False, "bytes": 90, "map_bytes": 50}
-    times = {"native": {"p20": 1, "p50": 1, "p80": 1}, "copy": {"p20": 1, "p50": 1, "p80": 1}}
+    facts = {"asked": 0.9, "unit": "of copy", "is_most": False, "reads": 1, "writes": 1, "map_bytes": 50}
+    times = {"native": {"p20": 1, "p50": 1, "p80": 1}}
     labels = {"what": "light_update", "": "forward", "at": "256x256x56x56"}
     rows = [
-        {"question": "floors", "labels": labels, "base": "copy", "seconds": times, "facts": facts | {"bytes": n}}
-        for n in (91, 89)
+        {
+            "question": "floors",
+            "labels": labels,
+            "base": "copy",
+            "seconds": times,
+            "facts": facts,
+            "over_ours": {"native": 1, "copy": of_copy},
+        }
+        for of_copy in (0.91, 0.89)
     ]
     result = {"passed": True, "stopped": False, "seconds": 1, "environment": ENVIRONMENT, "output": ""}
     text = gpu.summary({"bench_floors": result}, [], {"rows": rows})
-    assert "| light_update | forward | 256x256x56x56 | 1000 ±0% | 0.91 of copy | at least 0.9 | yes |" in text
-    assert "| 0.89 of copy | at least 0.9 | no |" in text
+    assert "| light_update | forward | 256x256x56x56 | 1000 ±0% | 0.91 of copy | ≥ 0.9 | yes |" in text
+    assert "| 0.89 of copy | ≥ 0.9 | no |" in text
 
 
 def test_pieces_run_the_installed_package(tmp_path):
@@ -123,7 +130,7 @@ def test_test_pieces_are_commands_of_pytest(name):
 def test_every_test_file_is_a_piece(with_sanitizer):
     pieces = gpu.pieces()
     files = {word for piece in pieces.values() for word in piece.command if word.endswith(".py")}
-    assert len(files) == 2 + len(gpu.OPS_TESTS) + len(gpu.MODEL_TESTS)
+    assert len(files) == 3 + len(gpu.OPS_TESTS) + len(gpu.MODEL_TESTS)
     assert [file for file in files if not (ROOT / file).exists()] == []
     for tool in gpu.SANITIZERS:
         assert [name for name in pieces if name.startswith(tool)] == [f"{tool}_planted", *(f"{tool}_{o}" for o in OPS)]
