@@ -171,7 +171,7 @@ def of_layers(layers: int) -> Op:
     return Op(
         functools.partial(layer_attention, layers=layers),
         Pass(layers + 3, 3, 2 * layers + 24),
-        Pass(layers + 8, 3, 4 * layers + 46),
+        Pass(layers + 7, 3, 4 * layers + 46),
         Pass(layers + 2, 2, 2 * layers + 20),
     )
 

@@ -208,7 +208,7 @@ class LayerAttention(Function):
         if need_value:
             grad_value = grad_value if grad_read is None else grad_value + grad_read
             grad_x, grad_value_weight = light_update.value_map_backward(
-                ctx.backend, grad_out, grad_value, grad_pooled, x, values[-1], value_weight, need_x
+                ctx.backend, grad_out, grad_value, grad_pooled, x, value_weight, need_x
             )
         found = (
             grad_x, grad_features, grad_gates, grad_query_weight, grad_value_weight, grad_weight, grad_bias, grad_keep,

@@ -79,16 +79,16 @@ def value_map(backend: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def value_map_backward(
-    backend: str, grad_x: Tensor, grad: Tensor, grad_mean: Tensor | None, x: Tensor, value: Tensor, weight: Tensor,
-    need_x: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    backend: str, grad_x: Tensor, grad: Tensor, grad_mean: Tensor | None, x: Tensor, weight: Tensor, need_x: bool
+) -> tuple[Tensor, Tensor]:
     """The gradients of x and weight, given those of the value map and its GAP; what x's had before is added to it.
 
-    A BatchNorm of weight zero lets ``grad_x`` through to x and nothing of it to the value map.
+    A BatchNorm of weight zero lets ``grad_x`` through to x and nothing of it to the value map. What it normalises does
+    not matter then: the gradient itself, which is read anyway.
     """
     y, zero_filter, zeros = _zeros(x, weight.dtype)
     grads = BACKENDS[backend].backward(
-        grad_x, None, grad, grad_mean, value, zeros, zeros, zeros, None, None, None, 1.0, 1,
+        grad_x, None, grad, grad_mean, grad, zeros, zeros, zeros, None, None, None, 1.0, 1,
         x, y, zero_filter, zero_filter, 2 * weight, None, None, None, None, x.shape[1], need_x, False,
     )  # fmt: skip
     return grads[0], 2 * grads[4]
