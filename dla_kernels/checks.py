@@ -97,7 +97,7 @@ class Checker:
             self.weight("norm.running_mean", norm.running_mean, "C")
         if norm.running_var is not None:
             self.weight("norm.running_var", norm.running_var, "C")
-        if norm.num_batches_tracked is not None:
+        if norm.training and norm.num_batches_tracked is not None:
             self._shape("norm.num_batches_tracked", norm.num_batches_tracked, "")
             if norm.num_batches_tracked.dtype != torch.int64:
                 self.fail(f"`norm.num_batches_tracked` must be torch.int64, got {norm.num_batches_tracked.dtype}")
