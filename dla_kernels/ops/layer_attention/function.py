@@ -144,13 +144,11 @@ class LayerAttention(Function):
             mean, var, share = norm_residual.batch_statistics(o_mean, o_var, group, norm_residual.count_of(x))
         out, _, mean, var = norm_ops.forward(x, o, mean, var, weight, bias, keep, eps, RELU)
         batch, layers, channels = k.shape
-        stand_in, edges = None, []
-        for later in range(followers):
-            stand_in = (value.new_empty(1), q.new_empty(1)) if stand_in is None else stand_in
-            edges += [
-                stand_in[0].expand(value.shape),
-                stand_in[1].expand(batch, layers + later + 1, channels),
-            ]
+        edges = []
+        if followers:
+            of_map, of_weights = value.new_empty(1), q.new_empty(1)
+            for later in range(followers):
+                edges += of_map.expand(value.shape), of_weights.expand(batch, layers + later + 1, channels)
         return out, value, pooled, k[:, -1].clone(), *edges, q, k, o, mean, var, share
 
     @staticmethod
