@@ -138,8 +138,10 @@ def multiply(products: Sequence[Product], relu: bool = False) -> None:
     """Independent products in one launch."""
     tiles = max(cdiv(p.M, BLOCK_M) * cdiv(p.N, BLOCK_N) for p in products)
     if tiles > 0:
+        # In float64 four warps would need twice the registers that a thread has.
+        warps = 8 if products[0].out.data.dtype == torch.float64 else 4
         _multiply[(tiles, len(products))](
-            tuple(products), RELU=relu, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=4
+            tuple(products), RELU=relu, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=warps
         )  # fmt: skip
 
 
