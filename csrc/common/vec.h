@@ -20,9 +20,7 @@ inline To bit_cast(const From& from) {
 
 template <class A, int N = kLanes<A>>
 inline Vec<A, N> broadcast(A value) {
-    Vec<A, N> v;
-    for (int i = 0; i < N; ++i) v[i] = value;
-    return v;
+    return value - Vec<A, N>{};  // one instruction, where a loop over the lanes may be one for each of them
 }
 
 // N numbers of type T from memory of any alignment, as accumulators.

@@ -1,5 +1,7 @@
 // light_update on NCHW maps, one plane at a time. A plane goes through a zero-padded copy in accumulators, small enough
 // for the first two caches, so the 3x3 filters meet no edge; N lanes cover a piece of a row, a strip covers all rows.
+// While the filters slide over a plane the memory would be idle: the next one's maps are fetched then, backward those
+// that the filters meet, for the others come in one stream before.
 
 // The padded copy of a plane: row i at row(i), -1 <= i <= H, with zeros around it.
 template <class A, int N>
@@ -21,11 +23,13 @@ void fill(const PaddedPlane<A, N>& plane, const T* x, int64_t H, int64_t W) {
 }
 
 // The columns from j on of o = filter_x over x + (filter_carried over carried, or factor * carried); returns their sum.
-template <class T, int N, Carry kCarry, class A = Acc<T>>
+template <class T, int N, Carry kCarry, class A = Acc<T>, class Fetch>
 A forward_strip(const PaddedPlane<A, N>& x, const PaddedPlane<A, N>& carried, const T* carried_map, int64_t H,
-                int64_t W, int64_t j, const A* filter_x, const A* filter_carried, A* o, int64_t o_pitch) {
+                int64_t W, int64_t j, const A* filter_x, const A* filter_carried, A* o, int64_t o_pitch,
+                const Fetch& fetch_next) {
     using V = Vec<A, N>;
     V fx[9], fc[9];
+#pragma GCC unroll 9
     for (int t = 0; t < 9; ++t) {
         fx[t] = broadcast<A, N>(filter_x[t]);
         fc[t] = broadcast<A, N>(filter_carried[t]);
@@ -34,13 +38,12 @@ A forward_strip(const PaddedPlane<A, N>& x, const PaddedPlane<A, N>& carried, co
     V above = {}, here = {}, total = {};
     for (int64_t i = 0; i < H; ++i) {
         V below = {};
+        fetch_next(i * W + j);
         const auto add_row = [&](const A* row, const V* f) {
-            for (int dx = 0; dx < 3; ++dx) {
-                const V v = load<A, N>(row + j + dx - 1);
-                below += f[dx] * v;
-                here += f[3 + dx] * v;
-                above += f[6 + dx] * v;
-            }
+            const V left = load<A, N>(row + j - 1), middle = load<A, N>(row + j), right = load<A, N>(row + j + 1);
+            below += f[0] * left + f[1] * middle + f[2] * right;
+            here += f[3] * left + f[4] * middle + f[5] * right;
+            above += f[6] * left + f[7] * middle + f[8] * right;
         };
         add_row(x.row(i), fx);
         if constexpr (kCarry == Carry::filtered) add_row(carried.row(i), fc);
@@ -69,6 +72,7 @@ void forward_planes_of(const LightUpdateForward<T>& a) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t b = i / C, c = i % C;
             A filter_x[9], filter_carried[9];
+#pragma GCC unroll 9
             for (int t = 0; t < 9; ++t) {
                 filter_x[t] = x_filter(a, b, c, t);
                 filter_carried[t] = carried_filter(a, b, c, t);
@@ -76,10 +80,18 @@ void forward_planes_of(const LightUpdateForward<T>& a) {
             fill<A, N>(x, a.x.at(b, c, 0), H, W);
             const T* carried_map = kCarry == Carry::none ? nullptr : a.carried.at(b, c, 0);
             if constexpr (kCarry == Carry::filtered) fill<A, N>(carried, carried_map, H, W);
+            const auto fetch_next = [next_x = a.x.at(b, c, H * W), next_carried = carried_map + H * W,
+                                     next_o = a.o ? a.o.at(b, c, H * W) : nullptr,
+                                     next_out = a.out ? a.out.at(b, c, H * W) : nullptr](int64_t p) {
+                __builtin_prefetch(next_x + p);
+                if (kCarry != Carry::none) __builtin_prefetch(next_carried + p);
+                if (next_o) __builtin_prefetch(next_o + p, 1);
+                if (next_out) __builtin_prefetch(next_out + p, 1);
+            };
             A total = 0;
             for (int64_t j = 0; j < W; j += N) {
                 total += forward_strip<T, N, kCarry>(x, carried, carried_map, H, W, j, filter_x, filter_carried,
-                                                     o.get(), o_pitch);
+                                                     o.get(), o_pitch, fetch_next);
             }
             if (a.scale) {
                 a.mean[i] = total / A(H * W);
@@ -95,12 +107,13 @@ void forward_planes_of(const LightUpdateForward<T>& a) {
 
 // The columns from j on of both maps' gradients, and of the products for the filters' ones:
 // products[t] = sum of x times the output's gradient shifted by tap t.
-template <class T, int N, Carry kCarry, class A = Acc<T>>
+template <class T, int N, Carry kCarry, class A = Acc<T>, class Fetch>
 void backward_strip(const PaddedPlane<A, N>& grad, const T* x, const T* carried, const T* grad_out, A residual,
                     T* grad_x, T* grad_carried, int64_t H, int64_t W, int64_t j, const A* filter_x,
-                    const A* filter_carried, Vec<A, N>* products) {
+                    const A* filter_carried, Vec<A, N>* products, const Fetch& fetch_next) {
     using V = Vec<A, N>;
     V fx[9], fc[9], px[9], pc[9], g[9];  // g: the gradient around a pixel, in the order of the taps it met
+#pragma GCC unroll 9
     for (int t = 0; t < 9; ++t) {
         fx[t] = broadcast<A, N>(filter_x[t]);
         fc[t] = broadcast<A, N>(filter_carried[t]);
@@ -108,19 +121,23 @@ void backward_strip(const PaddedPlane<A, N>& grad, const T* x, const T* carried,
         pc[t] = products[9 + t];
     }
     const auto load_row = [&](int64_t i, V* to) {
+#pragma GCC unroll 3
         for (int dx = 0; dx < 3; ++dx) to[dx] = load<A, N>(grad.row(i) + j + 1 - dx);
     };
     load_row(-1, g + 3);
     load_row(0, g);
     for (int64_t i = 0; i < H; ++i) {
+#pragma GCC unroll 3
         for (int dx = 0; dx < 3; ++dx) {
             g[6 + dx] = g[3 + dx];
             g[3 + dx] = g[dx];
         }
         load_row(i + 1, g);
         const int64_t p = i * W + j, room = (H - i) * W - j;
+        fetch_next(p);
         const V at_x = load<A, N>(x + p, W - j, room);
         V of_x = load<A, N>(grad_out + p, W - j, room) + residual;
+#pragma GCC unroll 9
         for (int t = 0; t < 9; ++t) {
             of_x += fx[t] * g[t];
             px[t] += at_x * g[t];
@@ -130,6 +147,7 @@ void backward_strip(const PaddedPlane<A, N>& grad, const T* x, const T* carried,
             const V at_carried = load<A, N>(carried + p, W - j, room);
             V of_carried = fc[4] * g[4];
             pc[4] += at_carried * g[4];
+#pragma GCC unroll 9
             for (int t = 0; kCarry == Carry::filtered && t < 9; ++t) {
                 if (t == 4) continue;
                 of_carried += fc[t] * g[t];
@@ -138,6 +156,7 @@ void backward_strip(const PaddedPlane<A, N>& grad, const T* x, const T* carried,
             if (grad_carried) store<A, N>(grad_carried + p, of_carried, W - j);
         }
     }
+#pragma GCC unroll 9
     for (int t = 0; t < 9; ++t) {
         products[t] = px[t];
         products[9 + t] = pc[t];
@@ -165,16 +184,26 @@ void backward_planes_of(const LightUpdateBackward<T>& a) {
                 }
             }
             A filter_x[9], filter_carried[9];
+#pragma GCC unroll 9
             for (int t = 0; t < 9; ++t) {
                 filter_x[t] = x_filter(a, b, c, t);
                 filter_carried[t] = carried_filter(a, b, c, t);
             }
+            const T *x = a.x.at(b, c, 0), *carried = a.carried ? a.carried.at(b, c, 0) : nullptr;
+            T* grad_x = a.grad_x ? a.grad_x.at(b, c, 0) : nullptr;
+            T* grad_carried = a.grad_carried ? a.grad_carried.at(b, c, 0) : nullptr;
+            const auto fetch_next = [=, HW = H * W](int64_t p) {
+                p += HW;
+                __builtin_prefetch(x + p);
+                if (grad_x) __builtin_prefetch(grad_x + p, 1);
+                if (kCarry == Carry::none) return;
+                __builtin_prefetch(carried + p);
+                if (grad_carried) __builtin_prefetch(grad_carried + p, 1);
+            };
             Vec<A, N> products[kProducts] = {};
             for (int64_t j = 0; j < W; j += N) {
-                backward_strip<T, N, kCarry>(grad, a.x.at(b, c, 0), a.carried ? a.carried.at(b, c, 0) : nullptr,
-                                             grad_out, a.residual[k], a.grad_x ? a.grad_x.at(b, c, 0) : nullptr,
-                                             a.grad_carried ? a.grad_carried.at(b, c, 0) : nullptr, H, W, j, filter_x,
-                                             filter_carried, products);
+                backward_strip<T, N, kCarry>(grad, x, carried, grad_out, a.residual[k], grad_x, grad_carried, H, W, j,
+                                             filter_x, filter_carried, products, fetch_next);
             }
             for (int t = 0; t < kProducts; ++t) a.products[(b * kProducts + t) * C + c] = sum<A, N>(products[t]);
         }
