@@ -150,9 +150,11 @@ class FusedBlock(Fused):
 
     def output(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :mod:`dla.stage`."""
-        branch, norm = self.conv2(self.relu(self.bn1(self.conv1(x)))), self.bn2
+        branch, _ = norm_residual(None, self.conv1(x), BatchNorm.of(self.bn1), relu="branch")
+        branch, norm = self.conv2(branch), self.bn2
         if "conv3" in self._modules:
-            branch, norm = self.conv3(self.relu(norm(branch))), self.bn3
+            branch, _ = norm_residual(None, branch, BatchNorm.of(norm), relu="branch")
+            branch, norm = self.conv3(branch), self.bn3
         shortcut = x if self.downsample is None else self.downsample(x)
         # Autocast's convolutions give its dtype, the network before may not have.
         shortcut = shortcut.to(branch.dtype)

@@ -47,18 +47,19 @@ class Bottleneck(nn.Module):
 
     def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The residual branch and the shortcut, both [B, C, H, W]; the shortcut is ``x`` itself where it can be."""
-        branch, shortcut = self._before_norm(x)
-        return self.bn3(branch), shortcut
+        branch = self.act(self.bn1(self.conv1(x)))
+        branch = self.act(self.bn2(self.conv2(branch)))
+        return self.bn3(self.conv3(branch)), x if self.downsample is None else self.downsample(x)
 
     def output(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The output without drop path [B, C, H, W], its GAP [B, C], and the shortcut: what layer attention takes."""
-        branch, shortcut = self._before_norm(x)
-        return *norm_residual(shortcut, branch, BatchNorm.of(self.bn3), relu="sum"), shortcut
-
-    def _before_norm(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        branch = self.act(self.bn1(self.conv1(x)))
-        branch = self.act(self.bn2(self.conv2(branch)))
-        return self.conv3(branch), x if self.downsample is None else self.downsample(x)
+        branch, _ = norm_residual(None, self.conv1(x), BatchNorm.of(self.bn1), relu="branch")
+        branch, _ = norm_residual(None, self.conv2(branch), BatchNorm.of(self.bn2), relu="branch")
+        shortcut = x
+        if self.downsample is not None:
+            conv, bn = self.downsample
+            shortcut, _ = norm_residual(None, conv(x), BatchNorm.of(bn))
+        return *norm_residual(shortcut, self.conv3(branch), BatchNorm.of(self.bn3), relu="sum"), shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         branch, shortcut = self.branches(x)

@@ -13,7 +13,7 @@ enum class Relu : int64_t { none, branch, sum };
 template <class T>
 struct NormResidualForward {
     Shape shape;
-    Map<const T> x, o;
+    Map<const T> x, o;  // x may be null
     Map<T> out;
     const Acc<T>*mean, *scale, *bias;  // [C]
     const Acc<T>* keep;                // [B] or null
@@ -91,25 +91,27 @@ std::tuple<Tensor, Tensor> norm_residual_moments(const Tensor& o_) {
 }
 
 // out, its GAP, and the statistics of each channel that were used: those given, or merged from those of every sample.
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_residual_forward(const Tensor& x_, const Tensor& o_,
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_residual_forward(const std::optional<Tensor>& x_, const Tensor& o_,
                                                                  const Tensor& mean_, const Tensor& var_,
                                                                  const Tensor& weight_, const Tensor& bias_,
                                                                  const std::optional<Tensor>& keep_, double eps,
                                                                  int64_t relu) {
-    const Tensor x = walkable(x_), o = in_layout(o_, is_channels_last(x));
+    const Tensor first = walkable(x_ ? *x_ : o_);
+    const bool channels_last = is_channels_last(first);
+    const Tensor o = in_layout(o_, channels_last);
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
     const auto keep = dense(keep_);
-    const Shape s = shape_of(x);
-    const Tensor out = torch::stable::empty_like(x), y = new_tensor(weight, {s.B, s.C});
+    const Shape s = shape_of(o);
+    const Tensor out = torch::stable::empty_like(first), y = new_tensor(weight, {s.B, s.C});
     const Tensor used_mean = new_tensor(weight, {s.C}), used_var = new_tensor(weight, {s.C});
-    on_dtype(x, [&](auto* type) {
+    on_dtype(o, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
         A *m = mutable_data_of<A>(used_mean), *v = mutable_data_of<A>(used_var);
         merge_samples(mean.dim() == 2 ? s.B : 1, s.C, data_of<A>(mean), data_of<A>(var), m, v);
         const Normalisation<A> norm(s.C, m, v, data_of<A>(weight), eps);
         const NormResidualForward<T> args{s,
-                                          map_of<const T>(x),
+                                          x_ ? map_of<const T>(first) : Map<const T>{},
                                           map_of<const T>(o),
                                           map_of<T>(out),
                                           norm.mean,
@@ -118,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_residual_forward(const Tensor& x
                                           data_of<A>(keep),
                                           mutable_data_of<A>(y),
                                           static_cast<Relu>(relu)};
-        if (is_channels_last(x)) {
+        if (channels_last) {
             DLA_ON_ISA(forward_rows<T>(args));
         } else {
             DLA_ON_ISA(forward_planes<T>(args));
@@ -227,7 +229,7 @@ void norm_residual_update_running_stats(const Tensor& running_mean, const Tensor
 STABLE_TORCH_LIBRARY_FRAGMENT(dla_kernels, m) {
     m.def("norm_residual_moments(Tensor o) -> (Tensor, Tensor)");
     m.def(
-        "norm_residual_forward(Tensor x, Tensor o, Tensor mean, Tensor var, Tensor weight, Tensor bias, Tensor? keep, "
+        "norm_residual_forward(Tensor? x, Tensor o, Tensor mean, Tensor var, Tensor weight, Tensor bias, Tensor? keep, "
         "float eps, int relu) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def(
         "norm_residual_sums(Tensor grad_out, Tensor? grad_y, Tensor o, Tensor? out, Tensor mean, Tensor var, "

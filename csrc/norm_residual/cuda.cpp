@@ -68,27 +68,30 @@ std::tuple<Tensor, Tensor> cuda_norm_moments(const Tensor& o_) {
     return {mean, var};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_norm_forward(const Tensor& x_, const Tensor& o_, const Tensor& mean_,
-                                                             const Tensor& var_, const Tensor& weight_,
-                                                             const Tensor& bias_, const std::optional<Tensor>& keep_,
-                                                             double eps, int64_t relu) {
-    const OnDevice on(x_);
-    const Tensor x = walkable(x_), o = in_layout(o_, is_channels_last(x));
+std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_norm_forward(const std::optional<Tensor>& x_, const Tensor& o_,
+                                                             const Tensor& mean_, const Tensor& var_,
+                                                             const Tensor& weight_, const Tensor& bias_,
+                                                             const std::optional<Tensor>& keep_, double eps,
+                                                             int64_t relu) {
+    const OnDevice on(o_);
+    const Tensor first = walkable(x_ ? *x_ : o_);
+    const bool channels_last = is_channels_last(first);
+    const Tensor o = in_layout(o_, channels_last);
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
     const auto keep = dense(keep_);
-    const Shape s = shape_of(x);
-    const Tensor out = torch::stable::empty_like(x), y = new_tensor(weight, {s.B, s.C});
+    const Shape s = shape_of(o);
+    const Tensor out = torch::stable::empty_like(first), y = new_tensor(weight, {s.B, s.C});
     const Tensor used_mean = new_tensor(weight, {s.C}), used_var = new_tensor(weight, {s.C});
     const int64_t rows = mean.dim() == 2 ? mean.size(0) : 1;
-    on_cuda_dtype(x, [&](auto* type) {
+    on_cuda_dtype(o, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
         // Without samples there is nothing to walk, but given statistics are still the ones used.
         NormForward<T> args{s,
-                            map_of<const T>(x),
+                            x_ ? map_of<const T>(first) : Map<const T>{},
                             map_of<const T>(o),
                             map_of<T>(out),
-                            is_channels_last(x),
+                            channels_last,
                             data_of<A>(mean),
                             data_of<A>(var),
                             rows,

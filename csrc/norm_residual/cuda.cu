@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads) forward(const NormForward<T> a, cons
         T* out = a.out.at(b, walk.c, 0);
         A total[W::kChannels] = {};
         const auto get = [&](unsigned p) {
-            return Pair<T, W::N>{fetch<W::N>(x + p * a.x.pixel), fetch<W::N>(o + p * a.o.pixel)};
+            return Pair<T, W::N>{x ? fetch<W::N>(x + p * a.x.pixel) : Word<T, W::N>{}, fetch<W::N>(o + p * a.o.pixel)};
         };
         walk.template each_vector<4>(get, [&](unsigned p, const Pair<T, W::N>& words) {
             A residual[W::N], value[W::N];

@@ -83,7 +83,8 @@ void forward_planes(const NormResidualForward<T>& a) {
             Vec<A> total = {};
             for (int64_t p = 0; p < HW; p += N) {
                 const int64_t n = HW - p;
-                const auto value = add_normed<A>(load<A>(x + p, n), load<A>(o + p, n), mean, scale, bias, keep, a.relu);
+                const auto residual = x ? load<A>(x + p, n) : Vec<A>{};
+                const auto value = add_normed<A>(residual, load<A>(o + p, n), mean, scale, bias, keep, a.relu);
                 store<A>(out + p, value, n);
                 total += keep_lanes<A>(value, n);
             }
@@ -110,7 +111,8 @@ void forward_rows(const NormResidualForward<T>& a) {
                 T* out = a.out.at(b, 0, p);
                 for (int64_t c = 0; c < s.C; c += N) {
                     const int64_t n = s.C - c;
-                    const auto value = add_normed<A>(load<A>(x + c, n), load<A>(o + c, n), load<A>(a.mean + c, n),
+                    const auto residual = x ? load<A>(x + c, n) : Vec<A>{};
+                    const auto value = add_normed<A>(residual, load<A>(o + c, n), load<A>(a.mean + c, n),
                                                      load<A>(a.scale + c, n), load<A>(a.bias + c, n), keep, a.relu);
                     store<A>(out + c, value, n);
                     store<A>(total + c, load<A>(total + c, n) + value, n);

@@ -20,8 +20,6 @@ SHARES = (1, 3)
 def build(interaction: str) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     blocks = [Bottleneck(32, 8) for _ in range(3)]
-    for block in blocks:  # torch's own SyncBatchNorm does not run on the CPU
-        block.bn1, block.bn2 = nn.Identity(), nn.Identity()
     stage = create_stage(blocks, 32, interaction, config=dla.OFFICIAL).double()
     return stage, torch.randn(sum(SHARES), 32, 6, 5, dtype=torch.float64)
 

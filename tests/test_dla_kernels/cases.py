@@ -137,11 +137,15 @@ def _keep(B, state, keep):
     return {"keep": torch.bernoulli(torch.full((B,), 0.5)).to(state) / 0.5} if keep else {}
 
 
-def norm_residual(B, C, H, W, dtype, layout="planes", other=None, statistics="own", keep=False, relu=None) -> Call:
+def norm_residual(
+    B, C, H, W, dtype, layout="planes", other=None, statistics="own", keep=False, relu=None, shortcut=True
+) -> Call:
     state, vector = _vectors(dtype)
-    tensors = {"x": _maps((B, C, H, W), dtype, layout)(), "o": _maps((B, C, H, W), dtype, other or layout)()}
+    tensors = {"x": _maps((B, C, H, W), dtype, layout)()} if shortcut else {}
+    tensors["o"] = _maps((B, C, H, W), dtype, other or layout)()
     tensors |= _norm(vector, C, statistics) | _keep(B, state, keep)
-    return Call("norm_residual", tensors, {"relu": relu}, statistics == "own").require_grad()
+    options = {"relu": relu} | ({} if shortcut else {"x": None})
+    return Call("norm_residual", tensors, options, statistics == "own").require_grad()
 
 
 def light_update(
@@ -225,6 +229,10 @@ ROWS = [
         ("residual block, primes", (3, 13, 7, 11), {"relu": "sum", "keep": True}),
         ("residual block in rows", (3, 13, 7, 11), {"layout": "rows", "relu": "sum"}),
         ("residual block, runs of rows", (2, 48, 40, 40), {"layout": "rows", "relu": "sum"}),
+        ("no shortcut", (3, 16, 8, 8), {"shortcut": False, "relu": "branch"}),  # inside a residual block
+        ("no shortcut in eval", (3, 16, 8, 8), {"shortcut": False, "relu": "branch", "statistics": "running"}),
+        ("no shortcut, primes in rows", (3, 13, 7, 11), {"shortcut": False, "layout": "rows", "relu": "sum"}),
+        ("no shortcut, sliced", (3, 13, 7, 11), {"shortcut": False, "layout": "planes sliced", "keep": True}),
         ("drop path", (5, 16, 8, 8), {"keep": True}),
         ("all of it", (5, 16, 8, 8), {"keep": True, "relu": "branch"}),
         ("primes", (3, 13, 7, 11), {"relu": "branch", "keep": True}),  # no size is a multiple of a vector

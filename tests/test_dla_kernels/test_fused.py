@@ -172,6 +172,7 @@ def test_any_shape_layout_and_dtype(op, data):
     if op == "norm_residual":
         options |= {
             "relu": data.draw(st.sampled_from((None, "branch", "sum"))),
+            "shortcut": data.draw(st.booleans()),
         }
     if op in ("norm_residual", "light_update", "layer_attention"):
         options |= {

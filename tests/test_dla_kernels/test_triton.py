@@ -78,6 +78,7 @@ def any_call(op: str, data: st.DataObject) -> Call:
         options |= {"keep": data.draw(st.booleans()), "statistics": data.draw(st.sampled_from(("own", "running")))}
     if op == "norm_residual":
         options["relu"] = data.draw(st.sampled_from((None, "branch", "sum")))
+        options["shortcut"] = data.draw(st.booleans())
     if op == "light_update":
         options["carry"] = data.draw(st.sampled_from(("none", "plain", "gate", "filter", "gate filter")))
         options["K"] = data.draw(st.sampled_from((1, 3, 5)))

@@ -1,4 +1,4 @@
-"""``norm_residual``: BatchNorm of a residual branch, drop path and the addition to the shortcut."""
+"""``norm_residual``: BatchNorm and ReLU; of a residual branch drop path and the addition to the shortcut too."""
 
 from torch import Tensor
 
@@ -11,14 +11,14 @@ from dla_kernels.ops.norm_residual.function import RELU, NormResidual, count_of,
 
 
 def norm_residual(
-    x: Tensor,  # [B, C, H, W]
+    x: Tensor | None,  # [B, C, H, W]
     o: Tensor,  # [B, C, H, W]
     norm: BatchNorm,
     keep: Tensor | None = None,  # [B]
     relu: str | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Normalises a residual branch, adds it to the shortcut, and pools the sum.
+    """Normalises a residual branch, adds it to the shortcut where there is one, and pools the sum.
 
     ::
 
@@ -26,11 +26,12 @@ def norm_residual(
         out = x + keep * normed         or  x + keep * ReLU(normed)  or  ReLU(x + keep * normed)
         y = GAP(out)
 
+    Without a shortcut x is 0: BatchNorm and ReLU behind a convolution, for ``relu="branch"``.
     In training mean and variance are those of ``o`` over the batch, else the running ones, which then are constants.
     Bytes: reads ``x`` and ``o`` once, writes ``out`` once; reads ``o`` once more for its own statistics.
 
     Args:
-        x: [B, C, H, W] the shortcut.
+        x: [B, C, H, W] the shortcut, or None.
         o: [B, C, H, W] the branch, in x's dtype.
         norm: the BatchNorm; its running statistics are updated in training.
         keep: [B] drop path's factor of each sample, 0 or 1 / (1 - rate), in the state's dtype; none keeps all.
@@ -46,15 +47,16 @@ def norm_residual(
         RuntimeError: the backend asked for cannot run.
     """
     check = Checker("norm_residual")
-    check.map("x", x)
+    if x is not None:
+        check.map("x", x)
     check.map("o", o)
     check.batch_norm(norm, count_of(o))
     if keep is not None:
         check.state("keep", keep, "B")
     if relu not in RELU:
         check.fail(f"`relu` must be one of {', '.join(map(repr, RELU))}, got {relu!r}")
-    chosen = choose(x.device, backend, "norm_residual")
-    norm = norm.to(accumulate_dtype(x))
+    chosen = choose(o.device, backend, "norm_residual")
+    norm = norm.to(accumulate_dtype(o))
     if chosen == "reference":
         out, y, mean, var, share = reference.norm_residual(x, o, norm, keep, relu)
     else:

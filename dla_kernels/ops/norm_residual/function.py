@@ -20,12 +20,12 @@ def fake_moments(o: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fake_forward(
-    x: Tensor, o: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None, eps: float,
-    relu: int,
+    x: Tensor | None, o: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None,
+    eps: float, relu: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    channels = x.shape[1]
-    vectors = weight.new_empty(x.shape[:2]), weight.new_empty(channels), weight.new_empty(channels)
-    return empty_map_like(x), *vectors
+    channels = o.shape[1]
+    vectors = weight.new_empty(o.shape[:2]), weight.new_empty(channels), weight.new_empty(channels)
+    return empty_map_like(o if x is None else x), *vectors
 
 
 def fake_sums(

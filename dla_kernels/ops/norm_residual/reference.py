@@ -8,7 +8,7 @@ from dla_kernels.common import gap, merge_moments, moments
 
 
 def norm_residual(
-    x: Tensor,  # [B, C, H, W]
+    x: Tensor | None,  # [B, C, H, W]
     o: Tensor,  # [B, C, H, W]
     norm: BatchNorm,
     keep: Tensor | None,  # [B]
@@ -27,10 +27,10 @@ def norm_residual(
         normed = torch.relu(normed)
     if keep is not None:
         normed = normed * keep[:, None, None, None]
-    out = x.to(norm.weight.dtype) + normed
+    out = normed if x is None else x.to(norm.weight.dtype) + normed
     if relu == "sum":
         out = torch.relu(out)
-    return out.to(x.dtype), gap(out), mean.detach(), var.detach(), share
+    return out.to((o if x is None else x).dtype), gap(out), mean.detach(), var.detach(), share
 
 
 @torch.no_grad()

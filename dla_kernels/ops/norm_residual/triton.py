@@ -68,7 +68,8 @@ def _forward(
             value = relu(value)
         if keep is not None:
             value *= tl.load(keep + b)
-        value += load(x, b, c, start, inside, A)
+        if x is not None:
+            value += load(x, b, c, start, inside, A)
         if RELU == 2:
             value = relu(value)
         store(out, b, c, start, inside, value)
@@ -148,7 +149,7 @@ def moments(o: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward(
-    x: Tensor,  # [B, C, H, W]
+    x: Tensor | None,  # [B, C, H, W]
     o: Tensor,  # [B, C, H, W]
     mean: Tensor,  # [B, C] or [C]
     var: Tensor,  # [B, C] or [C]
@@ -158,22 +159,22 @@ def forward(
     eps: float,
     relu: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x = walkable(x)
-    out, channels = empty_map_like(x), x.shape[1]
-    y, used_mean, used_var = weight.new_empty(x.shape[:2]), weight.new_empty(channels), weight.new_empty(channels)
+    first = walkable(o if x is None else x)
+    out, channels = empty_map_like(first), o.shape[1]
+    y, used_mean, used_var = weight.new_empty(o.shape[:2]), weight.new_empty(channels), weight.new_empty(channels)
     if mean.dim() == 2:
         BLOCK = 32
         _merge[(cdiv(channels, BLOCK),)](
-            dense(mean), dense(var), used_mean, used_var, x.shape[0], channels, BLOCK_B=BLOCK, BLOCK_C=BLOCK
+            dense(mean), dense(var), used_mean, used_var, o.shape[0], channels, BLOCK_B=BLOCK, BLOCK_C=BLOCK
         )  # fmt: skip
     else:
         used_mean.copy_(mean)
         used_var.copy_(var)
-    area = area_of(x)
+    area = area_of(first)
     y_parts = parts_like(y, area)
     walk(
-        _forward, x, area, as_map(x), map_beside(o, x), used_mean, used_var, *map(dense, (weight, bias, keep)),
-        as_map(out), y_parts, EPS=eps, RELU=relu,
+        _forward, first, area, map_beside(x, first), map_beside(o, first), used_mean, used_var,
+        *map(dense, (weight, bias, keep)), as_map(out), y_parts, EPS=eps, RELU=relu,
     )  # fmt: skip
     join_sums([y_parts], [y])
     return out, y, used_mean, used_var
