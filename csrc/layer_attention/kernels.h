@@ -1,23 +1,33 @@
 // layer_attention on the CPU, both layouts; compiled once for every instruction set. Each value map is read once, a
-// piece at a time, while the sum over the layers stays in the first cache.
+// piece at a time, while the sum over the layers stays in the caches. A piece is a block of planes of one sample,
+// so that also of small maps some kilobytes follow each other.
 #include "common/fold.h"
 #include "common/moments.h"
 #include "layer_attention/vectors.h"
 
-// Where the maps of a sample begin, and one plane's or run's weights.
+// The maps of a sample and their weights [count, C].
 template <class T, class A = Acc<T>>
 struct Streams {
+    const Map<const T>* maps;
     int64_t count;
-    Scratch<const T*> maps;
-    Scratch<A> weights;
+    const A* weights;
+    int64_t C, b;
+};
 
-    explicit Streams(int64_t count) : count(count), maps(count), weights(count) {}
+// Blocks of planes of one sample, whose sums take 64 KiB.
+struct PlaneBlocks {
+    int64_t C, planes, per_sample;
 
-    void take_plane(const Map<const T>* from, const A* sample_weights, int64_t C, int64_t b, int64_t c) const {
-        for (int64_t m = 0; m < count; ++m) {
-            maps[m] = from[m].at(b, c, 0);
-            weights[m] = sample_weights[m * C + c];
-        }
+    PlaneBlocks(const Shape& s, int64_t pitch, int64_t bytes)
+        : C(s.C),
+          planes(std::clamp<int64_t>((1 << 16) / std::max<int64_t>(1, pitch * bytes), 1, s.C)),
+          per_sample(ceil_div(s.C, planes)) {}
+
+    // Calls body(b, first, last) with the planes of a block.
+    template <class Body>
+    void visit(int64_t i, const Body& body) const {
+        const int64_t first = i % per_sample * planes;
+        body(i / per_sample, first, std::min(C, first + planes));
     }
 };
 
@@ -42,45 +52,52 @@ inline void by_four(int64_t maps, const Body& body) {
     }
 }
 
-// o [n] += the sum over the maps of weights * maps, o readable up to a whole vector beyond.
+// The planes from first on of o [n], `pitch` apart, += the sum over the maps of weights * maps; o readable up to a
+// whole vector beyond.
 template <class T, class A = Acc<T>>
-void add_planes(const Streams<T>& streams, int64_t n, A* o) {
+void add_planes(const Streams<T>& streams, int64_t first, int64_t last, int64_t n, A* o, int64_t pitch) {
     by_four(streams.count, [&](int64_t m, auto count) __attribute__((always_inline)) {
         constexpr int N = kLanes<A>;
-        Vec<A> weights[count()];
-        const T* maps[count()];
-        for (int i = 0; i < count(); ++i) {
-            weights[i] = broadcast(streams.weights[m + i]);
-            maps[i] = streams.maps[m + i];
+        A* at = o;
+        for (int64_t c = first; c < last; ++c, at += pitch) {
+            Vec<A> weights[count()];
+            const T* maps[count()];
+            for (int i = 0; i < count(); ++i) {
+                weights[i] = broadcast(streams.weights[(m + i) * streams.C + c]);
+                maps[i] = streams.maps[m + i].at(streams.b, c, 0);
+            }
+            int64_t p = 0;
+            for (; p + N <= n; p += N) {
+                auto total = load<A>(at + p);
+                for (int i = 0; i < count(); ++i) total += weights[i] * load<A>(maps[i] + p);
+                store<A>(at + p, total);
+            }
+            if (p == n) continue;
+            auto total = load<A>(at + p);
+            for (int i = 0; i < count(); ++i) total += weights[i] * load<A>(maps[i] + p, n - p);
+            store<A>(at + p, total);
         }
-        int64_t p = 0;
-        for (; p + N <= n; p += N) {
-            auto total = load<A>(o + p);
-            for (int i = 0; i < count(); ++i) total += weights[i] * load<A>(maps[i] + p);
-            store<A>(o + p, total);
-        }
-        if (p == n) return;
-        auto total = load<A>(o + p);
-        for (int i = 0; i < count(); ++i) total += weights[i] * load<A>(maps[i] + p, n - p);
-        store<A>(o + p, total);
     });
 }
 
-// The sums of g [n], zeros up to a whole vector beyond, times each map's plane, `step` apart.
+// The sums of each plane of g [n], `pitch` apart and zeros up to a whole vector beyond, times each map's: [count, C].
 template <class T, class A = Acc<T>>
-void dot_planes(const A* g, const Streams<T>& streams, int64_t n, A* sums, int64_t step) {
+void dot_planes(const A* g, int64_t pitch, const Streams<T>& streams, int64_t first, int64_t last, int64_t n, A* sums) {
     by_four(streams.count, [&](int64_t m, auto count) __attribute__((always_inline)) {
         constexpr int N = kLanes<A>;
-        Vec<A> totals[count()] = {};
-        const T* maps[count()];
-        for (int i = 0; i < count(); ++i) maps[i] = streams.maps[m + i];
-        int64_t p = 0;
-        for (; p + N <= n; p += N) {
-            const auto at = load<A>(g + p);
-            for (int i = 0; i < count(); ++i) totals[i] += at * load<A>(maps[i] + p);
+        const A* at = g;
+        for (int64_t c = first; c < last; ++c, at += pitch) {
+            Vec<A> totals[count()] = {};
+            const T* maps[count()];
+            for (int i = 0; i < count(); ++i) maps[i] = streams.maps[m + i].at(streams.b, c, 0);
+            int64_t p = 0;
+            for (; p + N <= n; p += N) {
+                const auto v = load<A>(at + p);
+                for (int i = 0; i < count(); ++i) totals[i] += v * load<A>(maps[i] + p);
+            }
+            for (int i = 0; p < n && i < count(); ++i) totals[i] += load<A>(at + p) * load<A>(maps[i] + p, n - p);
+            for (int i = 0; i < count(); ++i) sums[(m + i) * streams.C + c] = sum<A>(totals[i]);
         }
-        for (int i = 0; p < n && i < count(); ++i) totals[i] += load<A>(g + p) * load<A>(maps[i] + p, n - p);
-        for (int i = 0; i < count(); ++i) sums[(m + i) * step] = sum<A>(totals[i]);
     });
 }
 
@@ -113,22 +130,27 @@ void forward_planes(const LayerAttentionForward<T>& a) {
     using A = Acc<T>;
     constexpr int N = kLanes<A>;
     const int64_t HW = a.shape.HW(), C = a.shape.C, pitch = round_up(HW, N);
-    parallel(a.shape.B * C, a.layers * HW, [&](int64_t begin, int64_t end) {
-        const Scratch<A> o(pitch);
-        const Streams<T> streams(a.layers);
+    const PlaneBlocks blocks(a.shape, pitch, sizeof(A));
+    parallel(a.shape.B * blocks.per_sample, a.layers * blocks.planes * HW, [&](int64_t begin, int64_t end) {
+        const Scratch<A> sums(blocks.planes * pitch);
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t b = i / C, c = i % C;
-            streams.take_plane(a.values, a.weights + b * a.layers * C, C, b, c);
-            std::fill_n(o.get(), pitch, A(0));
-            add_planes<T>(streams, HW, o.get());
-            if (a.scale) {
-                fold_plane<A, N>(o.get(), pitch, 1, HW, a.x.at(b, c, 0), a.scale[c], a.shift[c], true,
-                                 a.out.at(b, c, 0), static_cast<T*>(nullptr));
-            } else {
-                Vec<A> total = {};
-                for (int64_t p = 0; p < HW; p += N) total += load<A>(&o[p]);
-                finish_plane<A, N>(o.get(), pitch, 1, HW, sum<A, N>(total), a.o.at(b, c, 0), a.mean[i], a.var[i]);
-            }
+            blocks.visit(i, [&](int64_t b, int64_t first, int64_t last) {
+                std::fill_n(sums.get(), (last - first) * pitch, A(0));
+                const Streams<T> values{a.values, a.layers, a.weights + b * a.layers * C, C, b};
+                add_planes<T>(values, first, last, HW, sums.get(), pitch);
+                const A* o = sums.get();
+                for (int64_t c = first; c < last; ++c, o += pitch) {
+                    if (a.scale) {
+                        fold_plane<A, N>(o, pitch, 1, HW, a.x.at(b, c, 0), a.scale[c], a.shift[c], true,
+                                         a.out.at(b, c, 0), static_cast<T*>(nullptr));
+                    } else {
+                        Vec<A> total = {};
+                        for (int64_t p = 0; p < HW; p += N) total += load<A>(o + p);
+                        finish_plane<A, N>(o, pitch, 1, HW, sum<A, N>(total), a.o.at(b, c, 0), a.mean[b * C + c],
+                                           a.var[b * C + c]);
+                    }
+                }
+            });
         }
     });
 }
@@ -182,32 +204,44 @@ void backward_planes(const LayerAttentionBackward<T>& a) {
     using A = Acc<T>;
     constexpr int N = kLanes<A>;
     const int64_t HW = a.shape.HW(), C = a.shape.C, pitch = round_up(HW, N);
-    parallel(a.shape.B * C, (2 * a.layers + a.later) * HW, [&](int64_t begin, int64_t end) {
-        const Scratch<A> grad(pitch), value_grad(pitch);
-        const Streams<T> values(a.layers), later(a.later);
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t b = i / C, c = i % C;
-            const A keep = a.keep ? a.keep[b] : A(1);
+    const PlaneBlocks blocks(a.shape, pitch, 2 * sizeof(A));
+    const auto block = [&](int64_t b, int64_t first, int64_t last, A* grads, A* value_grads) {
+        const A keep = a.keep ? a.keep[b] : A(1);
+        const A* weights = a.weights + b * a.layers * C;
+        A *grad = grads, *value_grad = value_grads;
+        for (int64_t c = first; c < last; ++c, grad += pitch, value_grad += pitch) {
             const NormVectors<A> of{broadcast(keep * a.scale[c]), broadcast(a.mean[c]),  broadcast(a.scale[c]),
                                     broadcast(a.bias[c]),         broadcast(a.slope[c]), broadcast(a.offset[c])};
             const T *grad_out = a.grad_out.at(b, c, 0), *o = a.o.at(b, c, 0);
             T* grad_o = a.grad_o.at(b, c, 0);
-            const auto own_weight = broadcast(a.weights[(b * a.layers + a.layers - 1) * C + c]);
+            const auto own_weight = broadcast(weights[(a.layers - 1) * C + c]);
             for (int64_t p = 0; p < HW; p += N) {
                 const auto g = of.gradient(load<A>(grad_out + p, HW - p), load<A>(o + p, HW - p));
                 store<A>(grad_o + p, g, HW - p);
-                store<A>(&grad[p], keep_lanes<A>(g, HW - p));
-                store<A>(&value_grad[p], own_weight * g);
+                store<A>(grad + p, keep_lanes<A>(g, HW - p));
+                store<A>(value_grad + p, own_weight * g);
             }
-            values.take_plane(a.values, a.weights + b * a.layers * C, C, b, c);
-            dot_planes<T>(grad.get(), values, HW, &a.products[b * a.layers * C + c], C);
-            if (!a.grad_value) continue;
-            later.take_plane(a.later_grads, a.later_weights + b * a.later * C, C, b, c);
-            add_planes<T>(later, HW, value_grad.get());
-            T* grad_value = a.grad_value.at(b, c, 0);
-            for (int64_t p = 0; p < HW; p += N) store<A>(grad_value + p, load<A>(&value_grad[p]), HW - p);
         }
-    });
+        dot_planes<T>(grads, pitch, {a.values, a.layers, weights, C, b}, first, last, HW,
+                      a.products + b * a.layers * C);
+        if (!a.grad_value) return;
+        add_planes<T>({a.later_grads, a.later, a.later_weights + b * a.later * C, C, b}, first, last, HW, value_grads,
+                      pitch);
+        value_grad = value_grads;
+        for (int64_t c = first; c < last; ++c, value_grad += pitch) {
+            T* to = a.grad_value.at(b, c, 0);
+            for (int64_t p = 0; p < HW; p += N) store<A>(to + p, load<A>(value_grad + p), HW - p);
+        }
+    };
+    parallel(a.shape.B * blocks.per_sample, (2 * a.layers + a.later) * blocks.planes * HW,
+             [&](int64_t begin, int64_t end) {
+                 const Scratch<A> grads(blocks.planes * pitch), value_grads(blocks.planes * pitch);
+                 for (int64_t i = begin; i < end; ++i) {
+                     blocks.visit(i, [&](int64_t b, int64_t first, int64_t last) {
+                         block(b, first, last, grads.get(), value_grads.get());
+                     });
+                 }
+             });
 }
 
 template <class T>
