@@ -1,10 +1,10 @@
 // Small matrix products of the recurrent state. Every element is summed by one thread in a fixed order. Included inside
 // an instruction set's namespace.
 
-// out [M, N] = x [M, K] W^T + bias, plus base [M / rows_per_base, N] where given; W [N, K].
+// The form of linear() for few rows: dot products, which read a filter where it lies.
 template <class A>
-void linear(int64_t M, int64_t N, int64_t K, const A* x, const Linear<A>& layer, const A* base, int64_t rows_per_base,
-            bool relu, A* out) {
+void linear_of_few_rows(int64_t M, int64_t N, int64_t K, const A* x, const Linear<A>& layer, const A* base,
+                        int64_t rows_per_base, bool relu, A* out) {
     // The sums, a column's filters and one row fill the registers: 32 of 64 bytes, else 16.
     constexpr int L = kLanes<A>, kRows = 4, kColumns = DLA_VECTOR_BYTES == 64 ? 4 : 3;
     const int64_t tiles = ceil_div(M, kRows), whole = K / L * L;
@@ -47,6 +47,61 @@ void linear(int64_t M, int64_t N, int64_t K, const A* x, const Linear<A>& layer,
             }
         }
     });
+}
+
+// That for many rows, which pay for turning the filters: no sum is spread over the lanes of a vector.
+template <class A>
+void linear_of_many_rows(int64_t M, int64_t N, int64_t K, const A* x, const Linear<A>& layer, const A* base,
+                         int64_t rows_per_base, bool relu, A* out) {
+    // The sums, two vectors of filters and a number fill 16 registers.
+    constexpr int L = kLanes<A>, kRows = 6, kColumns = 2 * L;
+    constexpr int64_t kManyRows = 16 * kRows;
+    const int64_t parts = ceil_div(M, kManyRows);
+    parallel(parts * ceil_div(N, kColumns), kManyRows * kColumns * K / 8, [&](int64_t begin, int64_t end) {
+        const Scratch<A> filters(K * kColumns, A(0));  // [K, kColumns]
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t n0 = task / parts * kColumns, n = std::min<int64_t>(kColumns, N - n0);
+            if (task == begin || task % parts == 0) {
+                for (int64_t j = 0; j < n; ++j) {
+                    const A* filter = layer.weight + (n0 + j) * layer.pitch;
+                    for (int64_t k = 0; k < K; ++k) filters[k * kColumns + j] = filter[k];
+                }
+            }
+            const int64_t first = task % parts * kManyRows, last = std::min(M, first + kManyRows);
+            for (int64_t m0 = first; m0 < last; m0 += kRows) {
+                const A* rows[kRows];  // beyond the edge the last one is computed again, and not stored
+                for (int i = 0; i < kRows; ++i) rows[i] = x + std::min(m0 + i, M - 1) * K;
+                Vec<A> sums[kRows][2] = {};
+                for (int64_t k = 0; k < K; ++k) {
+                    const Vec<A> w0 = load<A>(&filters[k * kColumns]), w1 = load<A>(&filters[k * kColumns + L]);
+                    for (int i = 0; i < kRows; ++i) {
+                        sums[i][0] += rows[i][k] * w0;
+                        sums[i][1] += rows[i][k] * w1;
+                    }
+                }
+                // Constant bounds: the sums then stay in registers.
+                for (int i = 0; i < kRows; ++i) {
+                    const int64_t m = m0 + i;
+                    for (int v = 0; v < 2; ++v) {
+                        const int64_t at = n0 + v * L, lanes = N - at;
+                        if (m >= last || lanes <= 0) continue;
+                        Vec<A> value = sums[i][v];
+                        if (layer.bias) value += load<A>(layer.bias + at, lanes);
+                        if (base) value += load<A>(base + m / rows_per_base * N + at, lanes);
+                        if (relu) value = value <= A(0) ? Vec<A>{} : value;
+                        store<A>(out + m * N + at, value, lanes);
+                    }
+                }
+            }
+        }
+    });
+}
+
+// out [M, N] = x [M, K] W^T + bias, plus base [M / rows_per_base, N] where given; W [N, K].
+template <class A>
+void linear(int64_t M, int64_t N, int64_t K, const A* x, const Linear<A>& layer, const A* base, int64_t rows_per_base,
+            bool relu, A* out) {
+    (M < 32 ? linear_of_few_rows<A> : linear_of_many_rows<A>)(M, N, K, x, layer, base, rows_per_base, relu, out);
 }
 
 // out [M, N] = a B, where a(m, k) = a[m * row + k * column], B [K, N] and out have rows `pitch` apart.
