@@ -16,8 +16,9 @@ Function = Callable[[], object]
 
 #: Rounds of a row, however long one takes, and as many as fit into the budget.
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
-#: A sample is as many calls as take this long, so that the clock's own grain does not count.
-SAMPLE_S = 1e-3
+#: A sample is as many calls as take this long: little in it is what the rival before left in the caches, or a moment's
+#: other work on the machine.
+SAMPLE_S = 5e-2
 #: The calls of an op go round sets of arguments of so many bytes together, more than caches hold, but at most so many.
 BEYOND_CACHES, MAX_SETS = 2**28, 64
 #: Bytes of the copies and side of the products that the limits are taken from.

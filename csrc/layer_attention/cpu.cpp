@@ -6,6 +6,7 @@
 #include "common/normalisation.h"
 #include "common/runs.h"
 #include "common/tensor.h"
+#include "light_update/args.h"
 
 namespace dla {
 
@@ -36,12 +37,15 @@ template <class T>
 struct LayerAttentionForward {
     Shape shape;
     int64_t layers;
-    const Map<const T>* values;  // [layers]
+    const Map<const T>* values;  // [layers], the last is that made here
     const Acc<T>* weights;       // [B, layers, C], attention times gate
+    Map<const T> x;
+    const Acc<T>* value_weight;  // [C, 9]
+    Map<T> value;
+    Acc<T>* pooled;              // [B, C], the mean of value
     Map<T> o;                    // null where BatchNorm is folded
     Acc<T>*mean, *var;           // [B, C], as o
-    Map<const T> x;              // the block's output is x + ReLU(scale * o + shift); null where it is not folded
-    Map<T> out;
+    Map<T> out;                  // x + ReLU(scale * o + shift) where BatchNorm is folded, else null
     const Acc<T>*scale, *shift;  // [C]
 };
 
@@ -106,14 +110,47 @@ LayerAttentionFilters<A> filters_of(const Tensor& features, const Tensor& gates,
             data_of<A>(gates),    data_of<A>(query_weight), data_of<A>(key_weights)};
 }
 
-template <class T>
-void run_forward(const LayerAttentionForward<T>& args, bool channels_last) {
-    if (channels_last) {
-        DLA_ON_ISA(forward_rows<T>(args));
-    } else {
-        DLA_ON_ISA(forward_planes<T>(args));
+// What o's forward and its folded form share: the layers, with the value map of the last, which is made here.
+struct Layers {
+    Tensor q, k, gates, x, value_weight;
+    bool channels_last;
+    std::vector<Tensor> values;
+    Tensor value, pooled;
+
+    Layers(const Tensor& q_, const Tensor& k_, const Tensor& x_, const Tensor& value_weight_,
+           const std::vector<Tensor>& prior, const Tensor& gates_)
+        : q(dense(q_)),
+          k(dense(k_)),
+          gates(dense(gates_)),
+          x(walkable(x_)),
+          value_weight(dense(value_weight_)),
+          channels_last(is_channels_last(x)),
+          values(all_in_layout(prior, channels_last)),
+          value(torch::stable::empty_like(x)),
+          pooled(torch::stable::empty_like(q)) {
+        values.push_back(value);
     }
-}
+
+    // `args` holds the results that are wanted.
+    template <class T, class A = Acc<T>>
+    void attend(LayerAttentionForward<T>& args, int64_t head_dim) const {
+        const Weights<A> weights(q, k, gates, head_dim);
+        const auto maps = maps_of<const T>(values);
+        args.shape = shape_of(x);
+        args.layers = k.size(1);
+        args.values = maps.data();
+        args.weights = weights.gated;
+        args.x = map_of<const T>(x);
+        args.value_weight = data_of<A>(value_weight);
+        args.value = map_of<T>(value);
+        args.pooled = mutable_data_of<A>(pooled);
+        if (channels_last) {
+            DLA_ON_ISA(forward_rows<T>(args));
+        } else {
+            DLA_ON_ISA(forward_planes<T>(args));
+        }
+    }
+};
 
 }  // namespace
 
@@ -153,52 +190,47 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_attention_project_backward(
     return {grad_features, grad_gates, grad_query_weight, grad_key_weights};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_attention_forward(const Tensor& q_, const Tensor& k_,
-                                                           const std::vector<Tensor>& values_, const Tensor& gates_,
-                                                           int64_t head_dim) {
-    const Tensor q = dense(q_), k = dense(k_), gates = dense(gates_), first = walkable(values_[0]);
-    const bool channels_last = is_channels_last(first);
-    const auto values = all_in_layout(values_, channels_last);
-    const Shape s = shape_of(first);
-    const Tensor o = torch::stable::empty_like(first);
-    const Tensor mean = new_tensor(q, {s.B, s.C}), var = new_tensor(q, {s.B, s.C});
-    on_dtype(first, [&](auto* type) {
+// o and its moments, the layer's own value map and the mean of that.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_attention_forward(const Tensor& q, const Tensor& k,
+                                                                           const Tensor& x, const Tensor& value_weight,
+                                                                           const std::vector<Tensor>& prior,
+                                                                           const Tensor& gates, int64_t head_dim) {
+    const Layers in(q, k, x, value_weight, prior, gates);
+    const Tensor o = torch::stable::empty_like(in.x);
+    const Tensor mean = torch::stable::empty_like(in.q), var = torch::stable::empty_like(in.q);
+    on_dtype(in.x, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
-        const Weights<A> weights(q, k, gates, head_dim);
-        const auto maps = maps_of<const T>(values);
-        LayerAttentionForward<T> args{s, k.size(1), maps.data(), weights.gated, map_of<T>(o)};
+        LayerAttentionForward<T> args{};
+        args.o = map_of<T>(o);
         args.mean = mutable_data_of<A>(mean);
         args.var = mutable_data_of<A>(var);
-        run_forward(args, channels_last);
+        in.attend(args, head_dim);
     });
-    return {o, mean, var};
+    return {o, mean, var, in.value, in.pooled};
 }
 
-// In inference: the block's output.
-Tensor layer_attention_folded(const Tensor& q_, const Tensor& k_, const std::vector<Tensor>& values_,
-                              const Tensor& gates_, const Tensor& x_, const Tensor& mean_, const Tensor& var_,
-                              const Tensor& weight_, const Tensor& bias_, double eps, int64_t head_dim) {
-    const Tensor q = dense(q_), k = dense(k_), gates = dense(gates_), x = walkable(x_);
+// In inference: the block's output, the layer's own value map and the mean of that.
+std::tuple<Tensor, Tensor, Tensor> layer_attention_folded(const Tensor& q, const Tensor& k, const Tensor& x,
+                                                          const Tensor& value_weight, const std::vector<Tensor>& prior,
+                                                          const Tensor& gates, const Tensor& mean_, const Tensor& var_,
+                                                          const Tensor& weight_, const Tensor& bias_, double eps,
+                                                          int64_t head_dim) {
+    const Layers in(q, k, x, value_weight, prior, gates);
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
-    const bool channels_last = is_channels_last(x);
-    const auto values = all_in_layout(values_, channels_last);
-    const Shape s = shape_of(x);
-    const Tensor out = torch::stable::empty_like(x);
-    on_dtype(x, [&](auto* type) {
+    const Tensor out = torch::stable::empty_like(in.x);
+    on_dtype(in.x, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
-        const Weights<A> weights(q, k, gates, head_dim);
-        const FoldedNorm<A> norm(s.C, data_of<A>(mean), data_of<A>(var), data_of<A>(weight), data_of<A>(bias), eps);
-        const auto maps = maps_of<const T>(values);
-        LayerAttentionForward<T> args{s, k.size(1), maps.data(), weights.gated};
-        args.x = map_of<const T>(x);
+        const FoldedNorm<A> norm(in.x.size(1), data_of<A>(mean), data_of<A>(var), data_of<A>(weight), data_of<A>(bias),
+                                 eps);
+        LayerAttentionForward<T> args{};
         args.out = map_of<T>(out);
         args.scale = norm.scale.get();
         args.shift = norm.shift.get();
-        run_forward(args, channels_last);
+        in.attend(args, head_dim);
     });
-    return out;
+    return {out, in.value, in.pooled};
 }
 
 // The backward of the whole block, out = x + keep * ReLU(BatchNorm(o)): gradients of q, k and gates; that of o and the
@@ -277,11 +309,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dla_kernels, m) {
         "layer_attention_project_backward(Tensor grad_q, Tensor grad_k, Tensor grad_gates, Tensor features, "
         "Tensor gates, Tensor query_weight, Tensor key_weights) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def(
-        "layer_attention_forward(Tensor q, Tensor k, Tensor[] values, Tensor gates, int head_dim) -> "
-        "(Tensor, Tensor, Tensor)");
+        "layer_attention_forward(Tensor q, Tensor k, Tensor x, Tensor value_weight, Tensor[] prior, Tensor gates, "
+        "int head_dim) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
     m.def(
-        "layer_attention_folded(Tensor q, Tensor k, Tensor[] values, Tensor gates, Tensor x, Tensor mean, Tensor var, "
-        "Tensor weight, Tensor bias, float eps, int head_dim) -> Tensor");
+        "layer_attention_folded(Tensor q, Tensor k, Tensor x, Tensor value_weight, Tensor[] prior, Tensor gates, "
+        "Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, int head_dim) -> (Tensor, Tensor, Tensor)");
     m.def(
         "layer_attention_backward(Tensor grad_out, Tensor o, Tensor mean, Tensor var, Tensor weight, Tensor bias, "
         "Tensor? sum_weight, Tensor? sum_bias, Tensor? keep, float eps, SymInt count, Tensor q, Tensor k, "

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "common/cuda/host.h"
+#include "light_update/value_map.h"
 
 namespace dla {
 namespace {
@@ -139,11 +139,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_layer_attention_project_backward
     return {grad_features, grad_gates, grad_query_weight, grad_key_weights};
 }
 
-std::tuple<Tensor, Tensor, Tensor> cuda_layer_attention_forward(const Tensor& q, const Tensor& k,
-                                                                const std::vector<Tensor>& values, const Tensor& gates,
-                                                                int64_t head_dim) {
-    const OnDevice on(values[0]);
-    const Values in(q, k, values, gates, values[0]);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_layer_attention_forward(const Tensor& q, const Tensor& k,
+                                                                                const Tensor& x,
+                                                                                const Tensor& value_weight,
+                                                                                std::vector<Tensor> values,
+                                                                                const Tensor& gates, int64_t head_dim) {
+    const OnDevice on(x);
+    const auto [value, pooled] = cuda_value_map(x, value_weight);
+    values.push_back(value);
+    const Values in(q, k, values, gates, value);
     const Shape& s = in.shape;
     const Tensor o = torch::stable::empty_like(in.first);
     const Tensor mean = new_tensor(in.q, {s.B, s.C}), var = new_tensor(in.q, {s.B, s.C});
@@ -156,13 +160,17 @@ std::tuple<Tensor, Tensor, Tensor> cuda_layer_attention_forward(const Tensor& q,
         args.var = mutable_data_of<A>(var);
         in.attend(args, head_dim, {o}, on.stream());
     });
-    return {o, mean, var};
+    return {o, mean, var, value, pooled};
 }
 
-Tensor cuda_layer_attention_folded(const Tensor& q, const Tensor& k, const std::vector<Tensor>& values,
-                                   const Tensor& gates, const Tensor& x_, const Tensor& mean_, const Tensor& var_,
-                                   const Tensor& weight_, const Tensor& bias_, double eps, int64_t head_dim) {
+std::tuple<Tensor, Tensor, Tensor> cuda_layer_attention_folded(const Tensor& q, const Tensor& k, const Tensor& x_,
+                                                               const Tensor& value_weight, std::vector<Tensor> values,
+                                                               const Tensor& gates, const Tensor& mean_,
+                                                               const Tensor& var_, const Tensor& weight_,
+                                                               const Tensor& bias_, double eps, int64_t head_dim) {
     const OnDevice on(x_);
+    const auto [value, pooled] = cuda_value_map(x_, value_weight);
+    values.push_back(value);
     const Values in(q, k, values, gates, x_);
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
     const Tensor out = torch::stable::empty_like(in.first);
@@ -175,7 +183,7 @@ Tensor cuda_layer_attention_folded(const Tensor& q, const Tensor& k, const std::
         args.out = map_of<T>(out);
         in.attend(args, head_dim, {out, in.first}, on.stream());
     });
-    return out;
+    return {out, value, pooled};
 }
 
 // Gradients of q, k and gates, o's gradient, the weights [B, T, C], and the gradient of the last value map, of this

@@ -4,6 +4,8 @@
 #include "common/fold.h"
 #include "common/moments.h"
 #include "layer_attention/vectors.h"
+#include "light_update/planes.h"
+#include "light_update/rows.h"
 
 // The maps of a sample and their weights [count, C].
 template <class T, class A = Acc<T>>
@@ -125,19 +127,47 @@ void add_pixel(const Map<const T>* maps, const A* weights, int64_t count, int64_
     }
 }
 
-template <class T>
-void forward_planes(const LayerAttentionForward<T>& a) {
+// One plane of the layer's own value map, and its mean. `plane` has room for a whole vector beyond.
+template <int M, class T, class A = Acc<T>>
+void make_value(const LayerAttentionForward<T>& a, const PaddedPlane<A, M>& x, int64_t b, int64_t c, A* plane) {
+    constexpr int N = kLanes<A>;
+    const auto [H, W] = std::pair(a.shape.H, a.shape.W);
+    const int64_t HW = H * W;
+    const T* next_x = a.x.at(b, c, HW);
+    T* value = a.value.at(b, c, 0);
+    fill<A, M>(x, a.x.at(b, c, 0), H, W);
+    const A* filter = a.value_weight + c * 9;
+    A total = 0;
+    // A row's last vector reaches into the row below: the strips from the last to the first, each row from above.
+    for (int64_t j = (W - 1) / M * M; j >= 0; j -= M) {
+        total += forward_strip<T, M, Carry::none>(x, x, nullptr, H, W, j, filter, filter, plane, W,
+                                                  [&](int64_t p) { __builtin_prefetch(next_x + p); });
+    }
+    a.pooled[b * a.shape.C + c] = total / A(HW);
+    for (int64_t p = 0; p < HW; p += N) store<A>(value + p, load<A>(plane + p), HW - p);
+}
+
+template <int M, class T>
+void forward_planes_of(const LayerAttentionForward<T>& a) {
     using A = Acc<T>;
     constexpr int N = kLanes<A>;
     const int64_t HW = a.shape.HW(), C = a.shape.C, pitch = round_up(HW, N);
     const PlaneBlocks blocks(a.shape, pitch, sizeof(A));
     parallel(a.shape.B * blocks.per_sample, a.layers * blocks.planes * HW, [&](int64_t begin, int64_t end) {
-        const Scratch<A> sums(blocks.planes * pitch);
+        const PaddedPlane<A, M> x(a.shape.H, a.shape.W);
+        const Scratch<A> plane(pitch + N), sums(blocks.planes * pitch);
         for (int64_t i = begin; i < end; ++i) {
             blocks.visit(i, [&](int64_t b, int64_t first, int64_t last) {
-                std::fill_n(sums.get(), (last - first) * pitch, A(0));
-                const Streams<T> values{a.values, a.layers, a.weights + b * a.layers * C, C, b};
-                add_planes<T>(values, first, last, HW, sums.get(), pitch);
+                const A* weights = a.weights + b * a.layers * C;
+                A* sum_of = sums.get();
+                for (int64_t c = first; c < last; ++c, sum_of += pitch) {
+                    make_value(a, x, b, c, plane.get());
+                    const T* value = a.value.at(b, c, 0);
+                    const auto weight = broadcast(weights[(a.layers - 1) * C + c]);
+                    for (int64_t p = 0; p < HW; p += N) store<A>(sum_of + p, weight * load<A>(value + p, HW - p));
+                }
+                const Streams<T> prior{a.values, a.layers - 1, weights, C, b};
+                add_planes<T>(prior, first, last, HW, sums.get(), pitch);
                 const A* o = sums.get();
                 for (int64_t c = first; c < last; ++c, o += pitch) {
                     if (a.scale) {
@@ -156,10 +186,26 @@ void forward_planes(const LayerAttentionForward<T>& a) {
 }
 
 template <class T>
+void forward_planes(const LayerAttentionForward<T>& a) {
+    on_lanes<Acc<T>>(a.shape.W, [&](auto lanes) { forward_planes_of<lanes()>(a); });
+}
+
+// In channels_last the value map is a pass of its own.
+template <class T>
 void forward_rows(const LayerAttentionForward<T>& a) {
     using A = Acc<T>;
     constexpr int N = kLanes<A>;
     const Shape& s = a.shape;
+    const Scratch<A> ones(s.B * s.C, A(1)), var(s.B * s.C);
+    LightUpdateForward<T> value{};
+    value.attention = ones.get();
+    value.value_weight = a.value_weight;
+    value.shape = s;
+    value.x = a.x;
+    value.o = a.value;
+    value.mean = a.pooled;
+    value.var = var.get();
+    forward_rows_of<T, Carry::none>(value);
     const RowRuns runs(s);
     const int64_t tasks = s.B * runs.count, pitch = round_up(s.C, N);
     const Scratch<A> totals(tasks * s.C, A(0)), deviations(tasks * s.C, A(0));

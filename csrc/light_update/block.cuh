@@ -58,19 +58,20 @@ __device__ __forceinline__ A along_channels(const A* y, const A* weight, int64_t
     return sum;
 }
 
-// sigmoid(q k^T / sqrt(head_dim)) of the heads of `count` channels from `first` on, in `shared`, by the whole block.
+// sigmoid(q k^T / sqrt(head_dim)) of the heads of `count` channels from `first` on, in `shared`, by the whole block; 1
+// without a y.
 template <class A>
 __device__ void attend(const Vectors<A>& v, int64_t C, int64_t b, int64_t first, int64_t count, A* shared) {
     const int64_t head0 = first / v.head_dim, heads = (first + count - 1) / v.head_dim + 1 - head0;
     for (int64_t h = threadIdx.x / kWarp; h < heads; h += blockDim.x / kWarp) {
         A score = 0;
-        for (int64_t j = threadIdx.x % kWarp; j < v.head_dim; j += kWarp) {
+        for (int64_t j = threadIdx.x % kWarp; v.y && j < v.head_dim; j += kWarp) {
             const int64_t c = (head0 + h) * v.head_dim + j;
             score += along_channels(v.y + b * C, v.query_weight, v.taps, C, c) *
                      along_channels(v.y + b * C, v.key_weight, v.taps, C, c);
         }
         score = warp_sum(score);
-        if (threadIdx.x % kWarp == 0) shared[h] = A(1) / (A(1) + exp(-score / sqrt(A(v.head_dim))));
+        if (threadIdx.x % kWarp == 0) shared[h] = v.y ? A(1) / (A(1) + exp(-score / sqrt(A(v.head_dim)))) : A(1);
     }
     __syncthreads();
 }

@@ -3,19 +3,20 @@
 
 #include <tuple>
 
-#include "common/cuda/host.h"
+#include "light_update/value_map.h"
 
 namespace dla {
 namespace {
 
 // The vectors of the op, dense, and what kernels take of them.
 struct Dense {
-    Tensor y, query_weight, key_weight, value_weight;
+    std::optional<Tensor> y, query_weight, key_weight;
+    Tensor value_weight;
     std::optional<Tensor> carry_scale, gate, carry_weight;
 
-    Dense(const Tensor& y, const Tensor& query_weight, const Tensor& key_weight, const Tensor& value_weight,
-          const std::optional<Tensor>& carry_scale, const std::optional<Tensor>& gate,
-          const std::optional<Tensor>& carry_weight)
+    Dense(const std::optional<Tensor>& y, const std::optional<Tensor>& query_weight,
+          const std::optional<Tensor>& key_weight, const Tensor& value_weight, const std::optional<Tensor>& carry_scale,
+          const std::optional<Tensor>& gate, const std::optional<Tensor>& carry_weight)
         : y(dense(y)),
           query_weight(dense(query_weight)),
           key_weight(dense(key_weight)),
@@ -33,12 +34,43 @@ struct Dense {
                 data_of<A>(carry_scale),
                 data_of<A>(gate),
                 data_of<A>(carry_weight),
-                query_weight.numel(),
+                query_weight ? query_weight->numel() : 0,
                 head_dim};
     }
 };
 
+// o and its moments, into tensors that are there.
+void forward(const Tensor& x, const std::optional<Tensor>& carried, const Dense& in, int64_t head_dim, const Tensor& o,
+             const Tensor& mean, const Tensor& var, cudaStream_t stream) {
+    const Shape s = shape_of(x);
+    const bool channels_last = is_channels_last(x);
+    on_cuda_dtype(x, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using A = Acc<T>;
+        const auto tiling = light_update::tiling<T>(s, channels_last, 0);
+        const Tensor parts = new_tensor(mean, {tiling.parts() > 1 ? 3 * s.B * tiling.parts() * s.C : 0});
+        light_update::Forward<T> args = {};
+        args.shape = s;
+        args.vectors = in.vectors<A>(head_dim);
+        args.x = map_of<const T>(x);
+        args.carried = map_if<const T>(carried);
+        args.o = map_of<T>(o);
+        args.mean = mutable_data_of<A>(mean);
+        args.other = mutable_data_of<A>(var);
+        args.parts = mutable_data_of<A>(parts);
+        light_update::launch(args, tiling, channels_last, stream);
+    });
+}
+
 }  // namespace
+
+std::tuple<Tensor, Tensor> cuda_value_map(const Tensor& x_, const Tensor& weight) {
+    const OnDevice device(x_);
+    const Tensor x = walkable(x_), value = torch::stable::empty_like(x);
+    const Tensor mean = new_tensor(weight, {x.size(0), x.size(1)}), var = torch::stable::empty_like(mean);
+    forward(x, {}, Dense({}, {}, {}, weight, {}, {}, {}), x.size(1), value, mean, var, device.stream());
+    return {value, mean};
+}
 
 std::tuple<Tensor, Tensor, Tensor> cuda_light_update_forward(
     const Tensor& x_, const Tensor& y, const Tensor& query_weight, const Tensor& key_weight, const Tensor& value_weight,
@@ -49,25 +81,9 @@ std::tuple<Tensor, Tensor, Tensor> cuda_light_update_forward(
     const bool channels_last = is_channels_last(x);
     const auto carried = in_layout(carried_, channels_last);
     const Dense in(y, query_weight, key_weight, value_weight, carry_scale, gate, carry_weight);
-    const Shape s = shape_of(x);
-    const Tensor o = torch::stable::empty_like(x), mean = new_tensor(in.y, {s.B, s.C}),
-                 var = new_tensor(in.y, {s.B, s.C});
-    on_cuda_dtype(x, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        using A = Acc<T>;
-        const auto tiling = light_update::tiling<T>(s, channels_last, 0);
-        const Tensor parts = new_tensor(in.y, {tiling.parts() > 1 ? 3 * s.B * tiling.parts() * s.C : 0});
-        light_update::Forward<T> args = {};
-        args.shape = s;
-        args.vectors = in.vectors<A>(head_dim);
-        args.x = map_of<const T>(x);
-        args.carried = map_if<const T>(carried);
-        args.o = map_of<T>(o);
-        args.mean = mutable_data_of<A>(mean);
-        args.other = mutable_data_of<A>(var);
-        args.parts = mutable_data_of<A>(parts);
-        light_update::launch(args, tiling, channels_last, device.stream());
-    });
+    const Tensor o = torch::stable::empty_like(x);
+    const Tensor mean = torch::stable::empty_like(*in.y), var = torch::stable::empty_like(mean);
+    forward(x, carried, in, head_dim, o, mean, var, device.stream());
     return {o, mean, var};
 }
 
@@ -83,12 +99,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_light_update_folded(
     const Dense in(y, query_weight, key_weight, value_weight, carry_scale, gate, carry_weight);
     const Shape s = shape_of(x);
     const Tensor out = torch::stable::empty_like(x), o = map_or_empty(need_o, x);
-    const Tensor out_mean = new_tensor(in.y, {s.B, s.C}), o_mean = new_tensor(in.y, {s.B, s.C});
+    const Tensor out_mean = new_tensor(in.value_weight, {s.B, s.C}), o_mean = new_tensor(in.value_weight, {s.B, s.C});
     on_cuda_dtype(x, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
         const auto tiling = light_update::tiling<T>(s, channels_last, 0);
-        const Tensor parts = new_tensor(in.y, {tiling.parts() > 1 ? 3 * s.B * tiling.parts() * s.C : 0});
+        const Tensor parts = new_tensor(in.value_weight, {tiling.parts() > 1 ? 3 * s.B * tiling.parts() * s.C : 0});
         const light_update::Forward<T> args{s,
                                             in.vectors<A>(head_dim),
                                             map_of<const T>(x),
@@ -129,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const Dense in(y, query_weight, key_weight, value_weight, carry_scale, gate, carry_weight);
     const Shape s = shape_of(o);
     const auto like = [&](const std::optional<Tensor>& t) {
-        return t ? torch::stable::empty_like(*t) : new_tensor(in.y, {0});
+        return t ? torch::stable::empty_like(*t) : new_tensor(in.value_weight, {0});
     };
     const Tensor grad_x = map_or_empty(need_x, o), grad_carried = map_or_empty(need_carried && carried, o);
     const Tensor grad_y = like(in.y), grad_query_weight = like(in.query_weight), grad_key_weight = like(in.key_weight);
@@ -142,8 +158,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
         light_update::Backward<T> args = {};
         args.shape = s;
         args.vectors = in.vectors<A>(head_dim);
-        const Tensor parts = new_tensor(in.y, {s.B * tiling.parts() * light_update::kProducts * s.C});
-        const Tensor rows = new_tensor(in.y, {s.B * args.row_length()});
+        const Tensor parts = new_tensor(in.value_weight, {s.B * tiling.parts() * light_update::kProducts * s.C});
+        const Tensor rows = new_tensor(in.value_weight, {s.B * args.row_length()});
         args.grad_out = map_of<const T>(grad_out);
         args.grad_o = map_if<const T>(grad_o);
         args.o = map_of<const T>(o);

@@ -7,7 +7,8 @@ struct CUstream_st;
 
 namespace dla::light_update {
 
-// The vectors and filters as the op takes them; the carry's are null where it has none.
+// The vectors and filters as the op takes them; the carry's are null where it has none. Forward y may be null, the
+// attention is 1 then.
 template <class A>
 struct Vectors {
     const A *y, *query_weight, *key_weight;  // [B, C], [taps] each

@@ -13,15 +13,6 @@ void on_carry(const Args& a, const Body& body) {
     body(std::integral_constant<Carry, Carry::filtered>{});
 }
 
-// Calls body with the lanes of a plane's vectors: half of them where a row is so short that the rest would idle.
-template <class A, class Body>
-void on_lanes(int64_t W, const Body& body) {
-    if constexpr (kLanes<A> > 8) {
-        if (W <= 8) return body(std::integral_constant<int, 8>{});
-    }
-    body(std::integral_constant<int, kLanes<A>>{});
-}
-
 template <class T>
 void forward(const LightUpdateForward<T>& a, bool channels_last) {
     on_carry(a, [&](auto carry) {

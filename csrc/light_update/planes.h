@@ -3,6 +3,15 @@
 // While the filters slide over a plane the memory would be idle: the next one's maps are fetched then, backward those
 // that the filters meet, for the others come in one stream before.
 
+// Calls body with the lanes of a plane's vectors: half of them where a row is so short that the rest would idle.
+template <class A, class Body>
+void on_lanes(int64_t W, const Body& body) {
+    if constexpr (kLanes<A> > 8) {
+        if (W <= 8) return body(std::integral_constant<int, 8>{});
+    }
+    body(std::integral_constant<int, kLanes<A>>{});
+}
+
 // The padded copy of a plane: row i at row(i), -1 <= i <= H, with zeros around it.
 template <class A, int N>
 struct PaddedPlane {

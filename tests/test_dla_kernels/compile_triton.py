@@ -128,8 +128,9 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memor
             op.project(*vectors)
             op.project_backward(v(B, C), v(B, T, C), v(B, T, C), *vectors)
         attention, values = (v(B, C), v(B, T, C)), [m() for _ in range(T)]
-        op.forward(*attention, values, v(B, T, C), 32)
-        op.folded(*attention, values, v(B, T, C), m(), v(C), v(C), v(C), v(C), 1e-5, 32)
+        layers = m(), v(C, 1, 3, 3), values[1:], v(B, T, C)
+        op.forward(*attention, *layers, 32)
+        op.folded(*attention, *layers, v(C), v(C), v(C), v(C), 1e-5, 32)
         op.backward(
             m(), m(), *(v(C) for _ in range(6)), v(B), 1e-5, 9, *attention, values, v(B, T, C), [m() for _ in range(T)],
             [v(B, T + j + 1, C) for j in range(T)], 32, True,

@@ -55,16 +55,17 @@ def fake_project_backward(
 
 
 def fake_forward(
-    q: Tensor, k: Tensor, values: Sequence[Tensor], gates: Tensor, head_dim: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_map_like(values[0]), torch.empty_like(q), torch.empty_like(q)
+    q: Tensor, k: Tensor, x: Tensor, value_weight: Tensor, prior: Sequence[Tensor], gates: Tensor, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    vectors = [empty_dense_like(q) for _ in range(3)]
+    return empty_map_like(x), *vectors[:2], empty_map_like(x), vectors[2]
 
 
 def fake_folded(
-    q: Tensor, k: Tensor, values: Sequence[Tensor], gates: Tensor, x: Tensor, mean: Tensor, var: Tensor,
-    weight: Tensor, bias: Tensor, eps: float, head_dim: int,
-) -> Tensor:  # fmt: skip
-    return empty_map_like(x)
+    q: Tensor, k: Tensor, x: Tensor, value_weight: Tensor, prior: Sequence[Tensor], gates: Tensor, mean: Tensor,
+    var: Tensor, weight: Tensor, bias: Tensor, eps: float, head_dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return empty_map_like(x), empty_map_like(x), empty_dense_like(q)
 
 
 def fake_backward(
@@ -98,12 +99,11 @@ def folded(
     x: Tensor, features: Tensor, gates: Tensor, query_weight: Tensor, key_weights: Sequence[Tensor],
     value_weight: Tensor, prior: Sequence[Layer], norm: BatchNorm, head_dim: int, backend: str,
 ) -> tuple[Tensor, Layer]:  # fmt: skip
-    """The op without gradients and with constant statistics: one pass after that for the value map."""
+    """The op without gradients and with constant statistics."""
     q, k = BACKENDS[backend].project(features, gates, query_weight, torch.cat(list(key_weights)))
-    value, pooled = light_update.value_map(backend, x, value_weight)
-    values = [*(layer.value for layer in prior), value]
-    out = BACKENDS[backend].folded(
-        q, k, values, gates, x, *norm.constants, norm.weight, norm.bias, norm.eps, head_dim
+    out, value, pooled = BACKENDS[backend].folded(
+        q, k, x, value_weight, [layer.value for layer in prior], gates, *norm.constants, norm.weight, norm.bias,
+        norm.eps, head_dim,
     )  # fmt: skip
     return out, Layer(value, pooled, k[:, -1])
 
@@ -138,8 +138,9 @@ class LayerAttention(Function):
     ):  # fmt: skip
         ops, norm_ops, share = BACKENDS[backend], norm_residual.BACKENDS[backend], None
         q, k = ops.project(features, gates, query_weight, torch.cat(rest[:filters]))
-        value, pooled = light_update.value_map(backend, x, value_weight)
-        o, o_mean, o_var = ops.forward(q, k, (*rest[filters : filters + prior], value), gates, head_dim)
+        o, o_mean, o_var, value, pooled = ops.forward(
+            q, k, x, value_weight, rest[filters : filters + prior], gates, head_dim
+        )  # fmt: skip
         if mean is None:
             mean, var, share = norm_residual.batch_statistics(o_mean, o_var, group, norm_residual.count_of(x))
         out, _, mean, var = norm_ops.forward(x, o, mean, var, weight, bias, keep, eps, RELU)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dla_kernels.common import accumulate_dtype
 from dla_kernels.native import empty_map_like
+from dla_kernels.ops.light_update.triton import value_map
 from dla_kernels.triton import tuning
 from dla_kernels.triton.batch_norm import means, normalisation, relu, through_norm
 from dla_kernels.triton.maps import (
@@ -283,33 +284,39 @@ def _sums_between(like: Tensor, launches: int) -> list[Map | None]:
 def forward(
     q: Tensor,  # [B, C]
     k: Tensor,  # [B, T, C]
-    values: Sequence[Tensor],  # T of [B, C, H, W]
+    x: Tensor,  # [B, C, H, W]
+    value_weight: Tensor,  # [C, 1, 3, 3]
+    prior: Sequence[Tensor],  # T - 1 of [B, C, H, W]
     gates: Tensor,  # [B, T, C]
     head_dim: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    first = walkable(values[0])
-    o, mean, var = empty_map_like(first), q.new_empty(q.shape), q.new_empty(q.shape)
-    _run_forward(q, k, values, gates, first, head_dim, o=o, moments=(mean, var))
-    return o, mean, var
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    value, pooled = value_map(x, value_weight)
+    o, mean, var = empty_map_like(value), q.new_empty(q.shape), q.new_empty(q.shape)
+    _run_forward(q, k, [*prior, value], gates, value, head_dim, o=o, moments=(mean, var))
+    return o, mean, var, value, pooled
 
 
 def folded(
     q: Tensor,  # [B, C]
     k: Tensor,  # [B, T, C]
-    values: Sequence[Tensor],  # T of [B, C, H, W]
-    gates: Tensor,  # [B, T, C]
     x: Tensor,  # [B, C, H, W]
+    value_weight: Tensor,  # [C, 1, 3, 3]
+    prior: Sequence[Tensor],  # T - 1 of [B, C, H, W]
+    gates: Tensor,  # [B, T, C]
     mean: Tensor,  # [C]
     var: Tensor,  # [C]
     weight: Tensor,  # [C]
     bias: Tensor,  # [C]
     eps: float,
     head_dim: int,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
     x = walkable(x)
+    value, pooled = value_map(x, value_weight)
     out = empty_map_like(x)
-    _run_forward(q, k, values, gates, x, head_dim, x=x, norm=(mean, var, weight, bias), eps=eps, out=out)
-    return out
+    _run_forward(
+        q, k, [*prior, value], gates, x, head_dim, x=x, norm=(mean, var, weight, bias), eps=eps, out=out
+    )  # fmt: skip
+    return out, value, pooled
 
 
 def backward(

@@ -66,25 +66,15 @@ def folded(
     return out, out_mean, o if need_o else None, o_mean
 
 
-def value_map(backend: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """depthwise3x3(x, weight) and its GAP: what the op computes of a layer that carries nothing on.
-
-    Where the filters of query and key are zero the attention is sigmoid(0) = 1/2; twice the weight undoes it exactly.
-    """
-    y, zero_filter, _ = _zeros(x, weight.dtype)
-    o, mean, _ = BACKENDS[backend].forward(
-        x, y, zero_filter, zero_filter, 2 * weight, None, None, None, None, x.shape[1]
-    )  # fmt: skip
-    return o, mean
-
-
 def value_map_backward(
     backend: str, grad_x: Tensor, grad: Tensor, grad_mean: Tensor | None, x: Tensor, weight: Tensor, need_x: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x and weight, given those of the value map and its GAP; what x's had before is added to it.
+    """The gradients of x and weight, given those of a value map depthwise3x3(x, weight) and its GAP, and of x so far.
 
-    A BatchNorm of weight zero lets ``grad_x`` through to x and nothing of it to the value map. What it normalises does
-    not matter then: the gradient itself, which is read anyway.
+    The value map is what the op computes of a layer that carries nothing on. Where the filters of query and key are
+    zero the attention is sigmoid(0) = 1/2; twice the weight undoes it exactly. A BatchNorm of weight zero lets
+    ``grad_x`` through to x and nothing of it to the value map. What it normalises does not matter then: the gradient
+    itself, which is read anyway.
     """
     y, zero_filter, zeros = _zeros(x, weight.dtype)
     grads = BACKENDS[backend].backward(

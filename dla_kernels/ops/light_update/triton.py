@@ -105,13 +105,18 @@ def _forward(
     norm_mean, norm_var, weight, bias, out, out_mean, area, EPS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """o and its moments; where there is an ``out``, also x + BatchNorm(o) by constant statistics, and its mean."""
+    """o and its moments; where there is an ``out``, also x + BatchNorm(o) by constant statistics, and its mean.
+
+    Without a y the attention is 1.
+    """
     b, c, top, left, at = place(area, BLOCK_C)
     C = area.channels
     W = area.width
     rows, columns = extent(area, top, left)
     A: tl.constexpr = o_mean.dtype.element_ty
-    a = attention(y + b * C, query_weight, key_weight, c, C, HEAD_DIM, BLOCK_D, TAPS)
+    a = tl.full([BLOCK_C, 1], 1.0, A)
+    if y is not None:
+        a = attention(y + b * C, query_weight, key_weight, c, C, HEAD_DIM, BLOCK_D, TAPS)
     of_x = filters(value_weight, a, c, C)
     if carried is not None:
         scale = vector(carry_scale, c, C)
@@ -350,7 +355,7 @@ def _run_forward(
         _forward, x, area, as_map(x), *map(dense, (y, query_weight, key_weight, value_weight)), map_beside(carried, x),
         *map(dense, (carry_scale, gate, carry_weight)), as_map(o), mean_parts, var_parts, *map(dense, norm),
         as_map(out), out_parts, of=tile_of, sizes=FORWARD_SIZES[carry_weight is not None], EPS=eps,
-        HEAD_DIM=head_dim, BLOCK_D=power_of_2(head_dim), TAPS=query_weight.shape[-1],
+        HEAD_DIM=head_dim, BLOCK_D=power_of_2(head_dim), TAPS=1 if query_weight is None else query_weight.shape[-1],
     )  # fmt: skip
     if o_var is None:
         join_sums([mean_parts, out_parts], [o_mean, out_mean])
@@ -377,6 +382,16 @@ def forward(
         (None,) * 4, None, None, None, head_dim,
     )  # fmt: skip
     return o, mean, var
+
+
+def value_map(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """depthwise3x3(x, weight) and its GAP."""
+    x = walkable(x)
+    value, (mean, var) = empty_map_like(x), weight.new_empty(2, *x.shape[:2])
+    _run_forward(
+        x, *(None,) * 3, weight, *(None,) * 4, value, mean, var, (None,) * 4, None, None, None, x.shape[1]
+    )  # fmt: skip
+    return value, mean
 
 
 def folded(
