@@ -50,6 +50,12 @@ inline std::optional<Tensor> in_layout(const std::optional<Tensor>& x, bool chan
     return x ? std::optional<Tensor>(in_layout(*x, channels_last)) : std::nullopt;
 }
 
+inline std::vector<Tensor> in_layout(const std::vector<Tensor>& maps, bool channels_last) {
+    std::vector<Tensor> done;
+    for (const Tensor& map : maps) done.push_back(in_layout(map, channels_last));
+    return done;
+}
+
 // x as it is where a kernel can walk it, else a copy: the only copies of maps are made here and in in_layout.
 inline Tensor walkable(const Tensor& x) {
     return x.numel() == 0 || is_channels_last(x) || is_planar(x) ? x : torch::stable::contiguous(x);

@@ -6,24 +6,10 @@
 #include "common/normalisation.h"
 #include "common/runs.h"
 #include "common/tensor.h"
+#include "layer_attention/filters.h"
 #include "light_update/args.h"
 
 namespace dla {
-
-// What queries and keys are made of. The filters slide along the channels: the query's over the last layer's features,
-// a key's over those of its layer times the gate. With a single filter, the last layer's, the others are keys already,
-// refreshed ones.
-template <class A>
-struct LayerAttentionFilters {
-    int64_t B, layers, C, K, filters;
-    const A *features, *gates;            // [B, layers, C]
-    const A *query_weight, *key_weights;  // [K], [filters, K]
-
-    const A* key_filter(int64_t m) const {
-        const int64_t at = m - (layers - filters);
-        return at < 0 ? nullptr : key_weights + at * K;
-    }
-};
 
 // The attention over the layers, the same for all channels of a head, and what it is made of.
 template <class A>
@@ -74,12 +60,6 @@ struct LayerAttentionBackward {
 namespace dla {
 namespace {
 
-std::vector<Tensor> all_in_layout(const std::vector<Tensor>& maps, bool channels_last) {
-    std::vector<Tensor> done;
-    for (const Tensor& map : maps) done.push_back(in_layout(map, channels_last));
-    return done;
-}
-
 template <class T>
 std::vector<Map<T>> maps_of(const std::vector<Tensor>& tensors) {
     std::vector<Map<T>> maps;
@@ -103,8 +83,8 @@ struct Weights : LayerAttentionWeights<A> {
 };
 
 template <class A>
-LayerAttentionFilters<A> filters_of(const Tensor& features, const Tensor& gates, const Tensor& query_weight,
-                                    const Tensor& key_weights) {
+layer_attention::Filters<A> filters_of(const Tensor& features, const Tensor& gates, const Tensor& query_weight,
+                                       const Tensor& key_weights) {
     return {features.size(0),     features.size(1),         features.size(2),
             query_weight.numel(), key_weights.size(0),      data_of<A>(features),
             data_of<A>(gates),    data_of<A>(query_weight), data_of<A>(key_weights)};
@@ -125,7 +105,7 @@ struct Layers {
           x(walkable(x_)),
           value_weight(dense(value_weight_)),
           channels_last(is_channels_last(x)),
-          values(all_in_layout(prior, channels_last)),
+          values(in_layout(prior, channels_last)),
           value(torch::stable::empty_like(x)),
           pooled(torch::stable::empty_like(q)) {
         values.push_back(value);
@@ -247,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_attention_backw
     const auto sum_weight = dense(sum_weight_), sum_bias = dense(sum_bias_), keep = dense(keep_);
     const bool channels_last = is_channels_last(o);
     const Tensor grad_out = in_layout(grad_out_, channels_last);
-    const auto values = all_in_layout(values_, channels_last), later_grads = all_in_layout(later_grads_, channels_last);
+    const auto values = in_layout(values_, channels_last), later_grads = in_layout(later_grads_, channels_last);
     const Shape s = shape_of(o);
     const int64_t layers = k.size(1), later = static_cast<int64_t>(later_grads.size());
     const Tensor grad_q = torch::stable::empty_like(q), grad_k = torch::stable::empty_like(k);

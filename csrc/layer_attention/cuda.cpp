@@ -11,12 +11,6 @@ namespace {
 
 using layer_attention::kMaps;
 
-std::vector<Tensor> all_in_layout(const std::vector<Tensor>& maps, bool channels_last) {
-    std::vector<Tensor> done;
-    for (const Tensor& map : maps) done.push_back(in_layout(map, channels_last));
-    return done;
-}
-
 template <class T>
 bool all_in_vectors(const Shape& s, bool channels_last, const std::vector<Tensor>& maps) {
     return std::all_of(maps.begin(), maps.end(), [&](const Tensor& map) {
@@ -57,7 +51,7 @@ struct Values {
           gates(dense(gates_)),
           first(walkable(like)),
           channels_last(is_channels_last(first)),
-          maps(all_in_layout(values, channels_last)),
+          maps(in_layout(values, channels_last)),
           shape(shape_of(first)) {}
 
     template <class A>
@@ -199,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cuda_layer_attention_
     const Shape& s = in.shape;
     const bool channels_last = in.channels_last;
     const Tensor grad_out = in_layout(grad_out_, channels_last);
-    const auto later = need_value ? all_in_layout(later_grads, channels_last) : std::vector<Tensor>{};
+    const auto later = need_value ? in_layout(later_grads, channels_last) : std::vector<Tensor>{};
     std::vector<Tensor> later_weights;
     for (const Tensor& weights : later_weights_) later_weights.push_back(dense(weights));
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);

@@ -1,7 +1,7 @@
 // What the host and the CUDA kernels of layer_attention share.
 #pragma once
 
-#include "common/shape.h"
+#include "layer_attention/filters.h"
 
 struct CUstream_st;
 
@@ -21,21 +21,6 @@ template <class A>
 struct Attention {
     const A *q, *k, *gates;  // [B, C], [B, layers, C] twice
     int64_t layers, head_dim;
-};
-
-// What queries and keys are made of. The filters slide along the channels: the query's over the last layer's features,
-// a key's over those of its layer times the gate. With a single filter, the last layer's, the others are keys already.
-template <class A>
-struct Filters {
-    int64_t B, layers, C, K, filters;
-    const A *features, *gates;            // [B, layers, C]
-    const A *query_weight, *key_weights;  // [K], [filters, K]
-
-    DLA_HOST_DEVICE int64_t row(int64_t b, int64_t m) const { return (b * layers + m) * C; }
-    DLA_HOST_DEVICE const A* key_filter(int64_t m) const {
-        const int64_t at = m - (layers - filters);
-        return at < 0 ? nullptr : key_weights + at * K;
-    }
 };
 
 template <class A>

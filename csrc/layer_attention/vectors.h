@@ -2,7 +2,7 @@
 #include "common/slide.h"
 
 template <class A>
-void project(const LayerAttentionFilters<A>& a, A* q, A* k) {
+void project(const layer_attention::Filters<A>& a, A* q, A* k) {
     const int64_t C = a.C, K = a.K, layers = a.layers;
     parallel(a.B, 2 * layers * K * C, [&](int64_t begin, int64_t end) {
         const PaddedRow<A> row(C, K);
@@ -27,7 +27,7 @@ void project(const LayerAttentionFilters<A>& a, A* q, A* k) {
 
 // From the gradients of q and k those of the features and the filters, and what is added to that of the gates.
 template <class A>
-void project_backward(const LayerAttentionFilters<A>& a, const A* grad_q, const A* grad_k, A* grad_features,
+void project_backward(const layer_attention::Filters<A>& a, const A* grad_q, const A* grad_k, A* grad_features,
                       A* grad_gates, A* grad_query_weight, A* grad_key_weights) {
     const int64_t C = a.C, K = a.K, layers = a.layers, taps = (a.filters + 1) * K;
     const Scratch<A> partials(a.B * taps, A(0));  // of every sample: of the keys' filters, then of the query's
