@@ -55,6 +55,11 @@ def pixel_stride(x: Tensor) -> int:
     return x.stride(3) if x.shape[3] > 1 else x.stride(2)
 
 
+def in_vectors(x: Tensor) -> bool:
+    """Whether a walkable map is read in vectors: Triton has to know that what is adjacent begins at multiples of 16."""
+    return all(stride % 16 == 0 for stride in as_map(x)[1:] if stride != 1)
+
+
 def walkable(x: Tensor) -> Tensor:
     """``x`` where the kernels can walk it, else a copy."""
     return x if x.numel() == 0 or is_walkable(x) else x.contiguous()
@@ -107,6 +112,8 @@ def tiles_of(x: Tensor, sizes: tuple[tuple[int, int], ...] = SIZES, of: Callable
 @functools.lru_cache(1024)  # at every launch
 def _tiles(of, shape: torch.Size, channels_last: bool, itemsize: int, sizes) -> list[Tile]:
     # Sizes are those of 16 bits. A thread has as many bytes of other maps, as it keeps its registers, or one element.
+    if itemsize == 8:
+        sizes = sizes[:1]  # float64 is there to compare with: not tuned
     sizes = [(max(2 * elements // itemsize, 32 * warps), warps) for elements, warps in sizes]
     tiles = [of(*shape, channels_last, *size) for size in sizes]
     return list(dict.fromkeys(tiles))  # on small maps several are the same

@@ -157,6 +157,14 @@ def test_parts_fill_a_gpu_and_are_no_more():
     assert parts(1, 16, 8, 8) == parts(1, 16, 8, 8, block=16) == 1
 
 
+def test_knows_which_maps_are_read_in_vectors():
+    """By what Triton knows of their strides: that they are multiples of 16, or not."""
+    in_vectors = importlib.import_module("dla_kernels.triton.maps").in_vectors
+    maps = (2, 64, 8, 8), (2, 64, 7, 7), (2, 40, 8, 8)
+    assert [in_vectors(torch.empty(shape)) for shape in maps] == [True, False, True]
+    assert [in_vectors(in_layout(torch.empty(shape), "rows")) for shape in maps] == [True, True, False]
+
+
 def far_apart(shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
     """A map whose elements lie further apart than 32 bits count; of its memory only what is touched is there."""
     size = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))

@@ -27,6 +27,7 @@ from dla_kernels.triton.maps import (
     counts,
     dense,
     extent,
+    in_vectors,
     inside_of,
     join_moments,
     lanes_together,
@@ -45,12 +46,13 @@ from dla_kernels.triton.tuning import cdiv, power_of_2
 #: The most maps that a launch reads: the loads of more, and their weights, do not fit into the registers.
 LAYERS = 16
 
-#: (elements, warps) of a forward tile, the default first. More elements of sixteen maps do not fit into the registers.
-FORWARD_SIZES = ((1024, 4), (512, 2))
+#: (elements, warps) of a forward tile, the default first, of maps that are read in vectors and of others, where every
+#: element of sixteen maps has an address and a register of its own. More elements than here spill.
+FORWARD_SIZES = ((1024, 4), (512, 4)), ((256, 4), (512, 8))
 
-#: (elements, warps) of a backward tile, the default first. Each leaves its products with every map, which are read
-#: again: large ones keep that to a few percent of the maps' own bytes.
-BACKWARD_SIZES = ((4096, 8), (2048, 4), (1024, 4))
+#: The same of a backward tile. Each leaves its products with every map, which are read again: large ones keep that to a
+#: few percent of the maps' own bytes.
+BACKWARD_SIZES = ((4096, 8), (2048, 4), (1024, 4)), ((1024, 8), (512, 4))
 
 
 @triton.jit
@@ -266,8 +268,8 @@ def _run_forward(q, k, values, gates, first, head_dim, *, o=None, moments=(None,
         walk(
             _forward, first, area, maps, weights, count, i * LAYERS, len(values), sums[i], sums[i + 1],
             as_map(o) if last else None, *(moment_parts if last else (None, None)), as_map(x), *map(dense, norm),
-            as_map(out) if last else None, sizes=FORWARD_SIZES, variant=len(maps),
-            EPS=eps,
+            as_map(out) if last else None, sizes=FORWARD_SIZES[not in_vectors(first)],
+            variant=len(maps), EPS=eps,
         )  # fmt: skip
     if o is not None:
         join_moments(*moment_parts, *moments, area)
@@ -369,7 +371,7 @@ def backward(
     of_q, of_k, of_gates = torch.empty_like(q), torch.empty_like(k), torch.empty_like(gates)
     if o.numel() > 0:
         read = power_of_2(T + len(later_grads))
-        parts = tuning.run(_backward, o, tiles_of(o, BACKWARD_SIZES), run, read)
+        parts = tuning.run(_backward, o, tiles_of(o, BACKWARD_SIZES[not in_vectors(o)]), run, read)
         grad_weights = parts[0] if parts.shape[0] == 1 else sum_rows(parts)[0]
         _launch_weights(
             _weights_backward, q, T, head_dim, q, k, gates, grad_weights, of_q, of_k, of_gates, channels, T

@@ -39,11 +39,13 @@ from dla_kernels.triton.maps import (
 )
 from dla_kernels.triton.tuning import power_of_2
 
-#: (elements, warps) of a tile, the default first, without and with a filter of the carry. A thread takes the taps, and
-#: in the backward 16 or 28 sums and values of each of its elements, from row to row: more elements than here spill. The
-#: backward has those of a filter in NCHW too, where each element has an address of its own.
-FORWARD_SIZES = ((512, 4), (1024, 4)), ((512, 4),)
-BACKWARD_SIZES = ((512, 4), (256, 2)), ((256, 4), (128, 2))
+#: (elements, warps) of a forward tile, the default first. A thread takes the taps and the sums of each of its elements
+#: from row to row: more elements than here spill.
+FORWARD_SIZES = ((512, 4), (1024, 8))
+
+#: The same of a backward tile, where these are 16 sums and values, or 28 with a filter of the carry: in channels_last
+#: without and with the filter, and in NCHW, where each element has an address of its own.
+BACKWARD_SIZES = ((512, 4), (256, 2)), ((256, 4), (128, 2)), ((128, 4), (256, 8))
 
 
 @triton.jit
@@ -342,7 +344,7 @@ def tile_of(channels: int, height: int, width: int, channels_last: bool, element
 
 
 def _block(x: Tensor) -> int:
-    return tiles_of(x, FORWARD_SIZES[0], tile_of)[0].channels
+    return tiles_of(x, FORWARD_SIZES, tile_of)[0].channels
 
 
 def _run_forward(
@@ -354,7 +356,7 @@ def _run_forward(
     walk(
         _forward, x, area, as_map(x), *map(dense, (y, query_weight, key_weight, value_weight)), map_beside(carried, x),
         *map(dense, (carry_scale, gate, carry_weight)), as_map(o), mean_parts, var_parts, *map(dense, norm),
-        as_map(out), out_parts, of=tile_of, sizes=FORWARD_SIZES[carry_weight is not None], EPS=eps,
+        as_map(out), out_parts, of=tile_of, sizes=FORWARD_SIZES, EPS=eps,
         HEAD_DIM=head_dim, BLOCK_D=power_of_2(head_dim), TAPS=1 if query_weight is None else query_weight.shape[-1],
     )  # fmt: skip
     if o_var is None:
@@ -468,7 +470,7 @@ def backward(
         query_weight, key_weight, dense(value_weight), map_beside(carried, o),
         *map(dense, (carry_scale, gate, carry_weight)), as_map(grad_x), as_map(grad_carried), attention_parts,
         value_parts, scale_parts, gate_parts, carry_parts, of=tile_of,
-        sizes=BACKWARD_SIZES[carry_weight is not None or not is_channels_last(o)], EPS=eps, **constants,
+        sizes=BACKWARD_SIZES[carry_weight is not None if is_channels_last(o) else 2], EPS=eps, **constants,
     )  # fmt: skip
     finished = [(attention_parts, of_attention), (gate_parts, of_gate)][: 1 if gate is None else 2]
     join_sums(*zip(*finished, strict=True))
