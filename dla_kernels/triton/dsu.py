@@ -134,14 +134,18 @@ def _multiply(
                 tl.store(one.out.data + m[:, None] * one.out.row + n[None, :] * one.out.column, total, mask=inside)
 
 
+def _warps(state: Tensor) -> int:
+    """In float64 four warps would need twice the registers that a thread has."""
+    return 8 if state.dtype == torch.float64 else 4
+
+
 def multiply(products: Sequence[Product], relu: bool = False) -> None:
     """Independent products in one launch."""
     tiles = max(cdiv(p.M, BLOCK_M) * cdiv(p.N, BLOCK_N) for p in products)
     if tiles > 0:
-        # In float64 four warps would need twice the registers that a thread has.
-        warps = 8 if products[0].out.data.dtype == torch.float64 else 4
         _multiply[(tiles, len(products))](
-            tuple(products), RELU=relu, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=warps
+            tuple(products), RELU=relu, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
+            num_warps=_warps(products[0].out.data),
         )  # fmt: skip
 
 
@@ -292,7 +296,7 @@ def _launch(kernel, s: list[Tensor], parts: list[Branch], rows: int, channels: i
         kernel[(programs,)](
             tuple(s), tuple(p.w2 for p in parts), tuple(p.b2 for p in parts), *tensors, rows, channels,
             parts[0].w2.shape[1], layers, **options, ORDER=JOINT_ORDER if len(parts) == 1 else SPLIT_ORDER,
-            BLOCK_N=BLOCK_M, BLOCK_C=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=4,
+            BLOCK_N=BLOCK_M, BLOCK_C=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=_warps(s[0]),
         )  # fmt: skip
 
 
