@@ -20,9 +20,13 @@ from dla_kernels.native import is_walkable
 from dla_kernels.triton import interpreting, tuning
 from dla_kernels.triton.tuning import cdiv, power_of_2
 
-#: (elements of 16 bits, warps) of a tile, the default first. Eight elements a thread hide the memory's latency; large
-#: maps may gain by more, small ones by more programs.
-SIZES = ((1024, 4), (2048, 4), (4096, 8), (512, 4))
+#: (elements of 16 bits, warps) of a tile, the default first, of maps that are read in vectors and of others. Eight
+#: elements a thread hide the memory's latency; large maps may gain by more, small ones by more programs. Where every
+#: element has an address of its own, more than eight spill.
+SIZES = ((1024, 4), (2048, 4), (4096, 8), (512, 4)), ((1024, 4), (512, 4))
+
+#: The one of float64: four elements a thread, with one or two the compiler puts a register on the stack.
+FLOAT64 = ((2048, 4),)
 
 #: Programs that fill a large GPU: eight of four warps on each of some 130 multiprocessors. With fewer samples and
 #: channels the pixels are parted, but not into less than :data:`PART` elements, which take as long as another launch.
@@ -101,9 +105,12 @@ def tile_of(channels: int, height: int, width: int, channels_last: bool, element
     return Tile(min(channels, max(1, elements // pixels)), pixels, warps)
 
 
-def tiles_of(x: Tensor, sizes: tuple[tuple[int, int], ...] = SIZES, of: Callable[..., Tile] = tile_of) -> list[Tile]:
-    """The tiles of a map for which sizes there are, the default first."""
+def tiles_of(
+    x: Tensor, sizes: tuple[tuple[int, int], ...] | None = None, of: Callable[..., Tile] = tile_of
+) -> list[Tile]:
+    """The tiles of a map for which sizes there are, :data:`SIZES` where none are given, the default first."""
     itemsize = x.dtype.itemsize
+    sizes = sizes or (FLOAT64 if itemsize == 8 else SIZES[not in_vectors(x)])
     if interpreting() or (of is not tile_of and itemsize < 8):  # one that goes down rows keeps sums, not what it reads
         itemsize = 2
     return _tiles(of, x.shape[1:], is_channels_last(x), itemsize, sizes)
@@ -160,7 +167,7 @@ def walk(
     x: Tensor,
     area: Area,
     *args,
-    sizes: tuple[tuple[int, int], ...] = SIZES,
+    sizes: tuple[tuple[int, int], ...] | None = None,
     of: Callable[..., Tile] = tile_of,
     variant: int = 0,
     **constants,

@@ -43,6 +43,9 @@ from dla_kernels.triton.tuning import power_of_2
 #: from row to row: more elements than here spill.
 FORWARD_SIZES = ((512, 4), (1024, 8))
 
+#: The same for a value map alone.
+VALUE_SIZES = ((512, 4), (1024, 4))
+
 #: The same of a backward tile, where these are 16 sums and values, or 28 with a filter of the carry: in channels_last
 #: without and with the filter, and in NCHW, where each element has an address of its own.
 BACKWARD_SIZES = ((512, 4), (256, 2)), ((256, 4), (128, 2)), ((128, 4), (256, 8))
@@ -116,10 +119,11 @@ def _forward(
     W = area.width
     rows, columns = extent(area, top, left)
     A: tl.constexpr = o_mean.dtype.element_ty
-    a = tl.full([BLOCK_C, 1], 1.0, A)
-    if y is not None:
+    if y is None:
+        of_x = filters(value_weight, 1.0, c, C)
+    else:
         a = attention(y + b * C, query_weight, key_weight, c, C, HEAD_DIM, BLOCK_D, TAPS)
-    of_x = filters(value_weight, a, c, C)
+        of_x = filters(value_weight, a, c, C)
     if carried is not None:
         scale = vector(carry_scale, c, C)
         factor = scale
@@ -356,7 +360,7 @@ def _run_forward(
     walk(
         _forward, x, area, as_map(x), *map(dense, (y, query_weight, key_weight, value_weight)), map_beside(carried, x),
         *map(dense, (carry_scale, gate, carry_weight)), as_map(o), mean_parts, var_parts, *map(dense, norm),
-        as_map(out), out_parts, of=tile_of, sizes=FORWARD_SIZES, EPS=eps,
+        as_map(out), out_parts, of=tile_of, sizes=VALUE_SIZES if y is None else FORWARD_SIZES, EPS=eps,
         HEAD_DIM=head_dim, BLOCK_D=power_of_2(head_dim), TAPS=1 if query_weight is None else query_weight.shape[-1],
     )  # fmt: skip
     if o_var is None:
