@@ -108,6 +108,10 @@ class BuildExt(build_ext):
             except ExecError as error:
                 raise SystemExit(f"{error}; DLA_KERNELS_CUDA=0 installs without the CUDA kernels") from error
             return
+        # Other flags or another torch, another library; setuptools looks at the sources' times alone.
+        wanted = repr((ext.define_macros, ext.extra_compile_args, os.environ.get("LDFLAGS")))
+        record = Path(self.build_temp, "built.txt")
+        self.force = self.force or not record.exists() or record.read_text() != wanted
         compile_one = self.compiler.compile
 
         def compile_all(sources: list[str], **kwargs) -> list[str]:
@@ -118,6 +122,8 @@ class BuildExt(build_ext):
         self.compiler.compile = compile_all
         super().build_extension(ext)
         self.compiler.compile = compile_one
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(wanted)
 
     def build_cuda(self, ext: Extension) -> None:
         """nvcc compiles kernels and hosts, and links: it knows where its own libraries are."""
