@@ -1,7 +1,8 @@
 // light_update on NCHW maps, one plane at a time. A plane goes through a zero-padded copy in accumulators, small enough
 // for the first two caches, so the 3x3 filters meet no edge; N lanes cover a piece of a row, a strip covers all rows.
 // While the filters slide over a plane the memory would be idle: the next one's maps are fetched then, backward those
-// that the filters meet, for the others come in one stream before.
+// that the filters meet, for the others come in one stream before. Loops over taps are unrolled early: later, their
+// arrays would stay in memory.
 
 // Calls body with the lanes of a plane's vectors: half of them where a row is so short that the rest would idle.
 template <class A, class Body>
@@ -81,7 +82,6 @@ void forward_planes_of(const LightUpdateForward<T>& a) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t b = i / C, c = i % C;
             A filter_x[9], filter_carried[9];
-#pragma GCC unroll 9
             for (int t = 0; t < 9; ++t) {
                 filter_x[t] = x_filter(a, b, c, t);
                 filter_carried[t] = carried_filter(a, b, c, t);
@@ -89,13 +89,12 @@ void forward_planes_of(const LightUpdateForward<T>& a) {
             fill<A, N>(x, a.x.at(b, c, 0), H, W);
             const T* carried_map = kCarry == Carry::none ? nullptr : a.carried.at(b, c, 0);
             if constexpr (kCarry == Carry::filtered) fill<A, N>(carried, carried_map, H, W);
-            const auto fetch_next = [next_x = a.x.at(b, c, H * W), next_carried = carried_map + H * W,
-                                     next_o = a.o ? a.o.at(b, c, H * W) : nullptr,
-                                     next_out = a.out ? a.out.at(b, c, H * W) : nullptr](int64_t p) {
-                __builtin_prefetch(next_x + p);
-                if (kCarry != Carry::none) __builtin_prefetch(next_carried + p);
-                if (next_o) __builtin_prefetch(next_o + p, 1);
-                if (next_out) __builtin_prefetch(next_out + p, 1);
+            const auto fetch_next = [x = a.x.at(b, c, H * W), carried = a.carried.at(b, c, H * W),
+                                     o = a.o.at(b, c, H * W), out = a.out.at(b, c, H * W)](int64_t p) {
+                __builtin_prefetch(x + p);
+                if (kCarry != Carry::none) __builtin_prefetch(carried + p);
+                if (o) __builtin_prefetch(o + p, 1);
+                if (out) __builtin_prefetch(out + p, 1);
             };
             A total = 0;
             for (int64_t j = 0; j < W; j += N) {
@@ -193,7 +192,6 @@ void backward_planes_of(const LightUpdateBackward<T>& a) {
                 }
             }
             A filter_x[9], filter_carried[9];
-#pragma GCC unroll 9
             for (int t = 0; t < 9; ++t) {
                 filter_x[t] = x_filter(a, b, c, t);
                 filter_carried[t] = carried_filter(a, b, c, t);
