@@ -25,11 +25,13 @@ struct PlaneBlocks {
           planes(std::clamp<int64_t>((1 << 16) / std::max<int64_t>(1, pitch * bytes), 1, s.C)),
           per_sample(ceil_div(s.C, planes)) {}
 
-    // Calls body(b, first, last) with the planes of a block.
+    // Calls body(b, first, last) with the planes of each block.
     template <class Body>
-    void visit(int64_t i, const Body& body) const {
-        const int64_t first = i % per_sample * planes;
-        body(i / per_sample, first, std::min(C, first + planes));
+    void each(int64_t begin, int64_t end, const Body& body) const {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t first = i % per_sample * planes;
+            body(i / per_sample, first, std::min(C, first + planes));
+        }
     }
 };
 
@@ -127,24 +129,20 @@ void add_pixel(const Map<const T>* maps, const A* weights, int64_t count, int64_
     }
 }
 
-// One plane of the layer's own value map, and its mean. `plane` has room for a whole vector beyond.
+// One plane of the layer's own value map in accumulators, with room for a whole vector beyond, and its sum.
 template <int M, class T, class A = Acc<T>>
-void make_value(const LayerAttentionForward<T>& a, const PaddedPlane<A, M>& x, int64_t b, int64_t c, A* plane) {
-    constexpr int N = kLanes<A>;
-    const auto [H, W] = std::pair(a.shape.H, a.shape.W);
-    const int64_t HW = H * W;
-    const T* next_x = a.x.at(b, c, HW);
-    T* value = a.value.at(b, c, 0);
-    fill<A, M>(x, a.x.at(b, c, 0), H, W);
+A value_plane(const LayerAttentionForward<T>& a, const PaddedPlane<A, M>& x, int64_t b, int64_t c, A* plane) {
+    const int64_t H = a.shape.H, W = a.shape.W;
+    const T* next_x = a.x.at(b, c, H * W);
     const A* filter = a.value_weight + c * 9;
+    fill<A, M>(x, a.x.at(b, c, 0), H, W);
     A total = 0;
     // A row's last vector reaches into the row below: the strips from the last to the first, each row from above.
     for (int64_t j = (W - 1) / M * M; j >= 0; j -= M) {
         total += forward_strip<T, M, Carry::none>(x, x, nullptr, H, W, j, filter, filter, plane, W,
                                                   [&](int64_t p) { __builtin_prefetch(next_x + p); });
     }
-    a.pooled[b * a.shape.C + c] = total / A(HW);
-    for (int64_t p = 0; p < HW; p += N) store<A>(value + p, load<A>(plane + p), HW - p);
+    return total;
 }
 
 template <int M, class T>
@@ -156,32 +154,32 @@ void forward_planes_of(const LayerAttentionForward<T>& a) {
     parallel(a.shape.B * blocks.per_sample, a.layers * blocks.planes * HW, [&](int64_t begin, int64_t end) {
         const PaddedPlane<A, M> x(a.shape.H, a.shape.W);
         const Scratch<A> plane(pitch + N), sums(blocks.planes * pitch);
-        for (int64_t i = begin; i < end; ++i) {
-            blocks.visit(i, [&](int64_t b, int64_t first, int64_t last) {
-                const A* weights = a.weights + b * a.layers * C;
-                A* sum_of = sums.get();
-                for (int64_t c = first; c < last; ++c, sum_of += pitch) {
-                    make_value(a, x, b, c, plane.get());
-                    const T* value = a.value.at(b, c, 0);
-                    const auto weight = broadcast(weights[(a.layers - 1) * C + c]);
-                    for (int64_t p = 0; p < HW; p += N) store<A>(sum_of + p, weight * load<A>(value + p, HW - p));
+        blocks.each(begin, end, [&](int64_t b, int64_t first, int64_t last) {
+            const A* weights = a.weights + b * a.layers * C;
+            A* o = sums.get();
+            for (int64_t c = first; c < last; ++c, o += pitch) {
+                a.pooled[b * C + c] = value_plane(a, x, b, c, plane.get()) / A(HW);
+                const auto weight = broadcast(weights[(a.layers - 1) * C + c]);
+                T* value = a.value.at(b, c, 0);
+                for (int64_t p = 0; p < HW; p += N) {
+                    store<A>(value + p, load<A>(&plane[p]), HW - p);
+                    store<A>(o + p, weight * load<A>(value + p, HW - p));  // as the map keeps it
                 }
-                const Streams<T> prior{a.values, a.layers - 1, weights, C, b};
-                add_planes<T>(prior, first, last, HW, sums.get(), pitch);
-                const A* o = sums.get();
-                for (int64_t c = first; c < last; ++c, o += pitch) {
-                    if (a.scale) {
-                        fold_plane<A, N>(o, pitch, 1, HW, a.x.at(b, c, 0), a.scale[c], a.shift[c], true,
-                                         a.out.at(b, c, 0), static_cast<T*>(nullptr));
-                    } else {
-                        Vec<A> total = {};
-                        for (int64_t p = 0; p < HW; p += N) total += load<A>(o + p);
-                        finish_plane<A, N>(o, pitch, 1, HW, sum<A, N>(total), a.o.at(b, c, 0), a.mean[b * C + c],
-                                           a.var[b * C + c]);
-                    }
+            }
+            add_planes<T>({a.values, a.layers - 1, weights, C, b}, first, last, HW, sums.get(), pitch);
+            o = sums.get();
+            for (int64_t c = first; c < last; ++c, o += pitch) {
+                if (a.scale) {
+                    fold_plane<A, N>(o, pitch, 1, HW, a.x.at(b, c, 0), a.scale[c], a.shift[c], true, a.out.at(b, c, 0),
+                                     static_cast<T*>(nullptr));
+                } else {
+                    Vec<A> total = {};
+                    for (int64_t p = 0; p < HW; p += N) total += load<A>(o + p);
+                    finish_plane<A, N>(o, pitch, 1, HW, sum<A, N>(total), a.o.at(b, c, 0), a.mean[b * C + c],
+                                       a.var[b * C + c]);
                 }
-            });
-        }
+            }
+        });
     });
 }
 
@@ -251,42 +249,38 @@ void backward_planes(const LayerAttentionBackward<T>& a) {
     constexpr int N = kLanes<A>;
     const int64_t HW = a.shape.HW(), C = a.shape.C, pitch = round_up(HW, N);
     const PlaneBlocks blocks(a.shape, pitch, 2 * sizeof(A));
-    const auto block = [&](int64_t b, int64_t first, int64_t last, A* grads, A* value_grads) {
-        const A keep = a.keep ? a.keep[b] : A(1);
-        const A* weights = a.weights + b * a.layers * C;
-        A *grad = grads, *value_grad = value_grads;
-        for (int64_t c = first; c < last; ++c, grad += pitch, value_grad += pitch) {
-            const NormVectors<A> of{broadcast(keep * a.scale[c]), broadcast(a.mean[c]),  broadcast(a.scale[c]),
-                                    broadcast(a.bias[c]),         broadcast(a.slope[c]), broadcast(a.offset[c])};
-            const T *grad_out = a.grad_out.at(b, c, 0), *o = a.o.at(b, c, 0);
-            T* grad_o = a.grad_o.at(b, c, 0);
-            const auto own_weight = broadcast(weights[(a.layers - 1) * C + c]);
-            for (int64_t p = 0; p < HW; p += N) {
-                const auto g = of.gradient(load<A>(grad_out + p, HW - p), load<A>(o + p, HW - p));
-                store<A>(grad_o + p, g, HW - p);
-                store<A>(grad + p, keep_lanes<A>(g, HW - p));
-                store<A>(value_grad + p, own_weight * g);
-            }
-        }
-        dot_planes<T>(grads, pitch, {a.values, a.layers, weights, C, b}, first, last, HW,
-                      a.products + b * a.layers * C);
-        if (!a.grad_value) return;
-        add_planes<T>({a.later_grads, a.later, a.later_weights + b * a.later * C, C, b}, first, last, HW, value_grads,
-                      pitch);
-        value_grad = value_grads;
-        for (int64_t c = first; c < last; ++c, value_grad += pitch) {
-            T* to = a.grad_value.at(b, c, 0);
-            for (int64_t p = 0; p < HW; p += N) store<A>(to + p, load<A>(value_grad + p), HW - p);
-        }
-    };
     parallel(a.shape.B * blocks.per_sample, (2 * a.layers + a.later) * blocks.planes * HW,
              [&](int64_t begin, int64_t end) {
                  const Scratch<A> grads(blocks.planes * pitch), value_grads(blocks.planes * pitch);
-                 for (int64_t i = begin; i < end; ++i) {
-                     blocks.visit(i, [&](int64_t b, int64_t first, int64_t last) {
-                         block(b, first, last, grads.get(), value_grads.get());
-                     });
-                 }
+                 blocks.each(begin, end, [&](int64_t b, int64_t first, int64_t last) {
+                     const A keep = a.keep ? a.keep[b] : A(1);
+                     const A* weights = a.weights + b * a.layers * C;
+                     A *grad = grads.get(), *value_grad = value_grads.get();
+                     for (int64_t c = first; c < last; ++c, grad += pitch, value_grad += pitch) {
+                         const NormVectors<A> of{broadcast(keep * a.scale[c]), broadcast(a.mean[c]),
+                                                 broadcast(a.scale[c]),        broadcast(a.bias[c]),
+                                                 broadcast(a.slope[c]),        broadcast(a.offset[c])};
+                         const T *grad_out = a.grad_out.at(b, c, 0), *o = a.o.at(b, c, 0);
+                         T* grad_o = a.grad_o.at(b, c, 0);
+                         const auto own_weight = broadcast(weights[(a.layers - 1) * C + c]);
+                         for (int64_t p = 0; p < HW; p += N) {
+                             const auto g = of.gradient(load<A>(grad_out + p, HW - p), load<A>(o + p, HW - p));
+                             store<A>(grad_o + p, g, HW - p);
+                             store<A>(grad + p, keep_lanes<A>(g, HW - p));
+                             store<A>(value_grad + p, own_weight * g);
+                         }
+                     }
+                     dot_planes<T>(grads.get(), pitch, {a.values, a.layers, weights, C, b}, first, last, HW,
+                                   a.products + b * a.layers * C);
+                     if (!a.grad_value) return;
+                     add_planes<T>({a.later_grads, a.later, a.later_weights + b * a.later * C, C, b}, first, last, HW,
+                                   value_grads.get(), pitch);
+                     value_grad = value_grads.get();
+                     for (int64_t c = first; c < last; ++c, value_grad += pitch) {
+                         T* to = a.grad_value.at(b, c, 0);
+                         for (int64_t p = 0; p < HW; p += N) store<A>(to + p, load<A>(value_grad + p), HW - p);
+                     }
+                 });
              });
 }
 
