@@ -39,87 +39,81 @@ struct Dense {
     }
 };
 
-// o and its moments, into tensors that are there.
-void forward(const Tensor& x, const std::optional<Tensor>& carried, const Dense& in, int64_t head_dim, const Tensor& o,
-             const Tensor& mean, const Tensor& var, cudaStream_t stream) {
+// One launch over x and what is carried; fill(args, type) says where its results go.
+template <class Fill>
+void launch_forward(const Tensor& x, const std::optional<Tensor>& carried_, const Dense& in, int64_t head_dim,
+                    cudaStream_t stream, const Fill& fill) {
     const Shape s = shape_of(x);
     const bool channels_last = is_channels_last(x);
-    on_cuda_dtype(x, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        using A = Acc<T>;
-        const auto tiling = light_update::tiling<T>(s, channels_last, 0);
-        const Tensor parts = new_tensor(mean, {tiling.parts() > 1 ? 3 * s.B * tiling.parts() * s.C : 0});
-        light_update::Forward<T> args = {};
-        args.shape = s;
-        args.vectors = in.vectors<A>(head_dim);
-        args.x = map_of<const T>(x);
-        args.carried = map_if<const T>(carried);
-        args.o = map_of<T>(o);
-        args.mean = mutable_data_of<A>(mean);
-        args.other = mutable_data_of<A>(var);
-        args.parts = mutable_data_of<A>(parts);
-        light_update::launch(args, tiling, channels_last, stream);
-    });
-}
-
-}  // namespace
-
-std::tuple<Tensor, Tensor> cuda_value_map(const Tensor& x_, const Tensor& weight) {
-    const OnDevice device(x_);
-    const Tensor x = walkable(x_), value = torch::stable::empty_like(x);
-    const Tensor mean = new_tensor(weight, {x.size(0), x.size(1)}), var = torch::stable::empty_like(mean);
-    forward(x, {}, Dense({}, {}, {}, weight, {}, {}, {}), x.size(1), value, mean, var, device.stream());
-    return {value, mean};
-}
-
-std::tuple<Tensor, Tensor, Tensor> cuda_light_update_forward(
-    const Tensor& x_, const Tensor& y, const Tensor& query_weight, const Tensor& key_weight, const Tensor& value_weight,
-    const std::optional<Tensor>& carried_, const std::optional<Tensor>& carry_scale, const std::optional<Tensor>& gate,
-    const std::optional<Tensor>& carry_weight, int64_t head_dim) {
-    const OnDevice device(x_);
-    const Tensor x = walkable(x_);
-    const bool channels_last = is_channels_last(x);
     const auto carried = in_layout(carried_, channels_last);
-    const Dense in(y, query_weight, key_weight, value_weight, carry_scale, gate, carry_weight);
-    const Tensor o = torch::stable::empty_like(x);
-    const Tensor mean = torch::stable::empty_like(*in.y), var = torch::stable::empty_like(mean);
-    forward(x, carried, in, head_dim, o, mean, var, device.stream());
-    return {o, mean, var};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_light_update_folded(
-    const Tensor& x_, const Tensor& y, const Tensor& query_weight, const Tensor& key_weight, const Tensor& value_weight,
-    const std::optional<Tensor>& carried_, const std::optional<Tensor>& carry_scale, const std::optional<Tensor>& gate,
-    const std::optional<Tensor>& carry_weight, const Tensor& mean_, const Tensor& var_, const Tensor& weight_,
-    const Tensor& bias_, double eps, int64_t head_dim, bool need_o) {
-    const OnDevice device(x_);
-    const Tensor x = walkable(x_), mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
-    const bool channels_last = is_channels_last(x);
-    const auto carried = in_layout(carried_, channels_last);
-    const Dense in(y, query_weight, key_weight, value_weight, carry_scale, gate, carry_weight);
-    const Shape s = shape_of(x);
-    const Tensor out = torch::stable::empty_like(x), o = map_or_empty(need_o, x);
-    const Tensor out_mean = new_tensor(in.value_weight, {s.B, s.C}), o_mean = new_tensor(in.value_weight, {s.B, s.C});
     on_cuda_dtype(x, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
         const auto tiling = light_update::tiling<T>(s, channels_last, 0);
         const Tensor parts = new_tensor(in.value_weight, {tiling.parts() > 1 ? 3 * s.B * tiling.parts() * s.C : 0});
-        const light_update::Forward<T> args{s,
-                                            in.vectors<A>(head_dim),
-                                            map_of<const T>(x),
-                                            map_if<const T>(carried),
-                                            map_if<T>(o),
-                                            map_of<T>(out),
-                                            mutable_data_of<A>(o_mean),
-                                            mutable_data_of<A>(out_mean),
-                                            data_of<A>(mean),
-                                            data_of<A>(var),
-                                            data_of<A>(weight),
-                                            data_of<A>(bias),
-                                            static_cast<A>(eps),
-                                            mutable_data_of<A>(parts)};
-        light_update::launch(args, tiling, channels_last, device.stream());
+        light_update::Forward<T> args = {};
+        args.shape = s;
+        args.vectors = in.vectors<A>(head_dim);
+        args.x = map_of<const T>(x);
+        args.carried = map_if<const T>(carried);
+        args.parts = mutable_data_of<A>(parts);
+        fill(args, type);
+        light_update::launch(args, tiling, channels_last, stream);
+    });
+}
+
+// o, its mean and its variance.
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_, const std::optional<Tensor>& carried, const Dense& in,
+                                           int64_t head_dim) {
+    const OnDevice device(x_);
+    const Tensor x = walkable(x_), o = torch::stable::empty_like(x);
+    const Tensor mean = new_tensor(in.value_weight, {x.size(0), x.size(1)}), var = torch::stable::empty_like(mean);
+    launch_forward(x, carried, in, head_dim, device.stream(), [&](auto& args, auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        args.o = map_of<T>(o);
+        args.mean = mutable_data_of<Acc<T>>(mean);
+        args.other = mutable_data_of<Acc<T>>(var);
+    });
+    return {o, mean, var};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> cuda_value_map(const Tensor& x, const Tensor& weight) {
+    const auto [value, mean, var] = forward(x, {}, Dense({}, {}, {}, weight, {}, {}, {}), x.size(1));
+    return {value, mean};
+}
+
+std::tuple<Tensor, Tensor, Tensor> cuda_light_update_forward(
+    const Tensor& x, const Tensor& y, const Tensor& query_weight, const Tensor& key_weight, const Tensor& value_weight,
+    const std::optional<Tensor>& carried, const std::optional<Tensor>& carry_scale, const std::optional<Tensor>& gate,
+    const std::optional<Tensor>& carry_weight, int64_t head_dim) {
+    return forward(x, carried, Dense(y, query_weight, key_weight, value_weight, carry_scale, gate, carry_weight),
+                   head_dim);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_light_update_folded(
+    const Tensor& x_, const Tensor& y, const Tensor& query_weight, const Tensor& key_weight, const Tensor& value_weight,
+    const std::optional<Tensor>& carried, const std::optional<Tensor>& carry_scale, const std::optional<Tensor>& gate,
+    const std::optional<Tensor>& carry_weight, const Tensor& mean_, const Tensor& var_, const Tensor& weight_,
+    const Tensor& bias_, double eps, int64_t head_dim, bool need_o) {
+    const OnDevice device(x_);
+    const Tensor x = walkable(x_), mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
+    const Dense in(y, query_weight, key_weight, value_weight, carry_scale, gate, carry_weight);
+    const Tensor out = torch::stable::empty_like(x), o = map_or_empty(need_o, x);
+    const Tensor out_mean = new_tensor(mean, {x.size(0), x.size(1)}), o_mean = torch::stable::empty_like(out_mean);
+    launch_forward(x, carried, in, head_dim, device.stream(), [&](auto& args, auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using A = Acc<T>;
+        args.o = map_if<T>(o);
+        args.out = map_of<T>(out);
+        args.mean = mutable_data_of<A>(o_mean);
+        args.other = mutable_data_of<A>(out_mean);
+        args.norm_mean = data_of<A>(mean);
+        args.norm_var = data_of<A>(var);
+        args.norm_weight = data_of<A>(weight);
+        args.norm_bias = data_of<A>(bias);
+        args.eps = static_cast<A>(eps);
     });
     return {out, out_mean, o, o_mean};
 }
