@@ -111,6 +111,9 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memor
             op.forward(m(), m(), v(B, C), v(B, C), v(C), v(C), keep, 1e-5, relu)
             op.sums(m(), v(B, C), m(), out, *vectors, keep, 1e-5, relu, relu == 1)
             op.backward(m(), v(B, C), m(), out, *vectors, v(C), v(C), keep, 1e-5, relu, 9, True)
+        op.forward(None, m(), *(v(C) for _ in range(4)), None, 1e-5, 1)
+        op.sums(m(), None, m(), None, *vectors, None, 1e-5, 1, False)
+        op.backward(m(), None, m(), None, *vectors, v(C), v(C), None, 1e-5, 1, 9, False)
 
     def light_update(op):
         for carry in ((m(), v(C), v(B, C), None), (m(), v(C), v(B, C), v(C, 1, 3, 3))):
