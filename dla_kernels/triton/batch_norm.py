@@ -10,7 +10,7 @@ from dla_kernels.triton.maps import load, vector
 def normalisation(mean, var, weight, bias, c, C, EPS: tl.constexpr):
     """A channel's mean, 1 / sqrt(var + eps), scale and shift, as columns beside a tile."""
     variance = vector(var, c, C)
-    inverse = 1 / tl.sqrt(variance + tl.full((), EPS, variance.dtype))
+    inverse = tl.rsqrt(variance + tl.full((), EPS, variance.dtype))
     return vector(mean, c, C), inverse, inverse * vector(weight, c, C), vector(bias, c, C)
 
 
