@@ -39,3 +39,21 @@ def _interpreter_prepares_once(monkeypatch):
 
     prepared = set()
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+
+
+@pytest.fixture(autouse=True)
+def _interpreter_rounds_to_nearest(monkeypatch):
+    """The interpreter cuts float32 off to bfloat16, where a GPU rounds to the nearest."""
+    if triton.why_not(torch.device("cpu")) is not None:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def cast(self, src, dst_type):
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+            return cast_impl(self, src, dst_type)
+        rounded = torch.from_numpy(src.data).bfloat16().view(torch.uint16).numpy()
+        return interpreter.TensorHandle(rounded, tl.bfloat16)
+
+    cast_impl = interpreter.InterpreterBuilder.cast_impl
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
