@@ -7,20 +7,20 @@ template <class A, int N, class T>
 void finish_plane(const A* o, int64_t pitch, int64_t H, int64_t W, A total, T* out, A& mean, A& var) {
     mean = total / A(H * W);
     const int64_t whole = W / N * N;
-    Vec<A, N> squares = {};
+    LongSum<A, N> squares;
     for (int64_t i = 0; i < H; ++i, o += pitch, out += W) {
         for (int64_t j = 0; j < whole; j += N) {
             const Vec<A, N> value = load<A, N>(o + j), centred = value - mean;
             store<A, N>(out + j, value);
-            squares += centred * centred;
+            squares.add(centred * centred);
         }
         if (whole < W) {
             const Vec<A, N> value = load<A, N>(o + whole), centred = keep_lanes<A, N>(value - mean, W - whole);
             store<A, N>(out + whole, value, W - whole);
-            squares += centred * centred;
+            squares.add(centred * centred);
         }
     }
-    var = sum<A, N>(squares) / A(H * W);
+    var = squares.total() / A(H * W);
 }
 
 // Mean and squared deviations of channels_last pixels, gathered group by group (Chan's formula).

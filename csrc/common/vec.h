@@ -210,3 +210,19 @@ inline A sum(Vec<A, N> v) {
         return sum<A, N / 2>(halves[0] + halves[1]);
     }
 }
+
+// A long sum over vectors, in four parts that do not wait for each other.
+template <class A, int N = kLanes<A>>
+struct LongSum {
+    Vec<A, N> parts[4] = {};
+
+    __attribute__((always_inline)) inline void add(Vec<A, N> v) {
+        const Vec<A, N> next = parts[0] + v;
+        parts[0] = parts[1];
+        parts[1] = parts[2];
+        parts[2] = parts[3];
+        parts[3] = next;
+    }
+
+    A total() const { return sum<A, N>((parts[0] + parts[1]) + (parts[2] + parts[3])); }
+};

@@ -9,13 +9,9 @@ void pool_planes(const Shape& s, const Map<const T>& x, Acc<T>* y) {
     parallel(s.B * s.C, HW, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const T* plane = x.at(i / s.C, i % s.C, 0);
-            Vec<A> totals[4] = {};  // four sums that do not wait for each other
-            int64_t p = 0;
-            for (; p + 4 * N <= HW; p += 4 * N) {
-                for (int k = 0; k < 4; ++k) totals[k] += load<A>(plane + p + k * N);
-            }
-            for (; p < HW; p += N) totals[0] += load<A>(plane + p, HW - p);
-            y[i] = sum<A, N>((totals[0] + totals[1]) + (totals[2] + totals[3])) / A(HW);
+            LongSum<A> total;
+            for (int64_t p = 0; p < HW; p += N) total.add(load<A>(plane + p, HW - p));
+            y[i] = total.total() / A(HW);
         }
     });
 }

@@ -24,14 +24,14 @@ void moments_planes(const Map<const T>& o, const Shape& s, Acc<T>* mean, Acc<T>*
     parallel(s.B * s.C, HW, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const T* from = o.at(i / s.C, i % s.C, 0);
-            Vec<A> total = {}, deviations = {};
-            for (int64_t p = 0; p < HW; p += N) total += load<A>(from + p, HW - p);
-            mean[i] = sum<A, N>(total) / A(HW);
+            LongSum<A> total, deviations;
+            for (int64_t p = 0; p < HW; p += N) total.add(load<A>(from + p, HW - p));
+            mean[i] = total.total() / A(HW);
             for (int64_t p = 0; p < HW; p += N) {
                 const Vec<A> centred = keep_lanes<A>(load<A>(from + p, HW - p) - mean[i], HW - p);
-                deviations += centred * centred;
+                deviations.add(centred * centred);
             }
-            var[i] = sum<A, N>(deviations) / A(HW);
+            var[i] = deviations.total() / A(HW);
         }
     });
 }
