@@ -4,6 +4,7 @@
 // of theirs that were compiled here could be the copy that the linker keeps for all.
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "common/isa.h"
 #include "common/parallel.h"

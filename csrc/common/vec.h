@@ -200,6 +200,22 @@ inline Vec<A, N> load(const T* p, int64_t n, int64_t room) {
     return room >= N ? keep_lanes<A, N>(load<A, N>(p), n) : load<A, N>(p, n);
 }
 
+template <class V, int kFrom, int... I>
+inline V concat_lanes(V a, V b, std::integer_sequence<int, I...>) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, (I + kFrom)...);
+#else
+    using Lane = std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>;
+    return __builtin_shuffle(a, b, Vec<Lane, sizeof...(I)>{(I + kFrom)...});
+#endif
+}
+
+// The lanes of a from kFrom on, then the first ones of b.
+template <class A, int N, int kFrom>
+inline Vec<A, N> concat(Vec<A, N> a, Vec<A, N> b) {
+    return concat_lanes<Vec<A, N>, kFrom>(a, b, std::make_integer_sequence<int, N>{});
+}
+
 template <class A, int N = kLanes<A>>
 inline A sum(Vec<A, N> v) {
     if constexpr (N == 1) {

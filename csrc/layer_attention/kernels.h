@@ -129,18 +129,23 @@ void add_pixel(const Map<const T>* maps, const A* weights, int64_t count, int64_
     }
 }
 
-// One plane of the layer's own value map in accumulators, with room for a whole vector beyond, and its sum.
+// One plane of the layer's own value map, and o = weight * that, as the map keeps it; returns its sum.
 template <int M, class T, class A = Acc<T>>
-A value_plane(const LayerAttentionForward<T>& a, const PaddedPlane<A, M>& x, int64_t b, int64_t c, A* plane) {
+A value_plane(const LayerAttentionForward<T>& a, int64_t b, int64_t c, A weight, A* o) {
     const int64_t H = a.shape.H, W = a.shape.W;
-    const T* next_x = a.x.at(b, c, H * W);
     const A* filter = a.value_weight + c * 9;
-    fill<A, M>(x, a.x.at(b, c, 0), H, W);
+    const T *x = a.x.at(b, c, 0), *next_x = a.x.at(b, c, H * W);
+    T* value = a.value.at(b, c, 0);
+    const auto fetch_next = [next_x](int64_t p) { __builtin_prefetch(next_x + p); };
     A total = 0;
-    // A row's last vector reaches into the row below: the strips from the last to the first, each row from above.
-    for (int64_t j = (W - 1) / M * M; j >= 0; j -= M) {
-        total += forward_strip<T, M, Carry::none>(x, x, nullptr, H, W, j, filter, filter, plane, W,
-                                                  [&](int64_t p) { __builtin_prefetch(next_x + p); });
+    for (int64_t j = 0; j < W; j += M) {
+        const auto put = [=](int64_t i, Vec<A, M> v) {
+            const int64_t p = i * W + j;
+            store<A, M>(value + p, v, W - j);
+            if constexpr (!std::is_same_v<T, A>) v = load<A, M>(value + p, W - j);
+            store<A, M>(o + p, weight * v, W - j);
+        };
+        total += forward_strip<T, M, Carry::none>(x, x, H, W, j, filter, filter, put, fetch_next);
     }
     return total;
 }
@@ -152,19 +157,13 @@ void forward_planes_of(const LayerAttentionForward<T>& a) {
     const int64_t HW = a.shape.HW(), C = a.shape.C, pitch = round_up(HW, N);
     const PlaneBlocks blocks(a.shape, pitch, sizeof(A));
     parallel(a.shape.B * blocks.per_sample, a.layers * blocks.planes * HW, [&](int64_t begin, int64_t end) {
-        const PaddedPlane<A, M> x(a.shape.H, a.shape.W);
-        const Scratch<A> plane(pitch + N), sums(blocks.planes * pitch);
+        const Scratch<A> sums(blocks.planes * pitch, A(0));  // a plane ends in zeros
         blocks.each(begin, end, [&](int64_t b, int64_t first, int64_t last) {
             const A* weights = a.weights + b * a.layers * C;
             A* o = sums.get();
             for (int64_t c = first; c < last; ++c, o += pitch) {
-                a.pooled[b * C + c] = value_plane(a, x, b, c, plane.get()) / A(HW);
-                const auto weight = broadcast(weights[(a.layers - 1) * C + c]);
-                T* value = a.value.at(b, c, 0);
-                for (int64_t p = 0; p < HW; p += N) {
-                    store<A>(value + p, load<A>(&plane[p]), HW - p);
-                    store<A>(o + p, weight * load<A>(value + p, HW - p));  // as the map keeps it
-                }
+                const A weight = weights[(a.layers - 1) * C + c];
+                a.pooled[b * C + c] = value_plane<M>(a, b, c, weight, o) / A(HW);
             }
             add_planes<T>({a.values, a.layers - 1, weights, C, b}, first, last, HW, sums.get(), pitch);
             o = sums.get();
@@ -173,9 +172,9 @@ void forward_planes_of(const LayerAttentionForward<T>& a) {
                     fold_plane<A, N>(o, pitch, 1, HW, a.x.at(b, c, 0), a.scale[c], a.shift[c], true, a.out.at(b, c, 0),
                                      static_cast<T*>(nullptr));
                 } else {
-                    Vec<A> total = {};
-                    for (int64_t p = 0; p < HW; p += N) total += load<A>(o + p);
-                    finish_plane<A, N>(o, pitch, 1, HW, sum<A, N>(total), a.o.at(b, c, 0), a.mean[b * C + c],
+                    LongSum<A> total;
+                    for (int64_t p = 0; p < HW; p += N) total.add(load<A>(o + p));
+                    finish_plane<A, N>(o, pitch, 1, HW, total.total(), a.o.at(b, c, 0), a.mean[b * C + c],
                                        a.var[b * C + c]);
                 }
             }

@@ -1,8 +1,10 @@
-// light_update on NCHW maps, one plane at a time. A plane goes through a zero-padded copy in accumulators, small enough
-// for the first two caches, so the 3x3 filters meet no edge; N lanes cover a piece of a row, a strip covers all rows.
+// light_update on NCHW maps, one plane at a time: N lanes cover a piece of a row, a strip covers all rows. A vector's
+// neighbours come from the vectors beside it, so that loads do not cross cache lines and the filters meet no edge. What
+// passes over a plane twice lies in accumulators between, small enough for the first cache.
 // While the filters slide over a plane the memory would be idle: the next one's maps are fetched then, backward those
-// that the filters meet, for the others come in one stream before. Loops over taps are unrolled early: later, their
-// arrays would stay in memory.
+// that the filters meet, for the others come in one stream before.
+// Strips are inlined, else what their callbacks hold would be read anew at every row, and loops over taps unrolled
+// early: later, their arrays would stay in memory.
 
 // Calls body with the lanes of a plane's vectors: half of them where a row is so short that the rest would idle.
 template <class A, class Body>
@@ -13,30 +15,27 @@ void on_lanes(int64_t W, const Body& body) {
     body(std::integral_constant<int, kLanes<A>>{});
 }
 
-// The padded copy of a plane: row i at row(i), -1 <= i <= H, with zeros around it.
 template <class A, int N>
-struct PaddedPlane {
-    int64_t pitch;
-    Scratch<A> memory;
-
-    PaddedPlane(int64_t H, int64_t W) : pitch(round_up(W, N) + N), memory((H + 2) * pitch + 2 * N, A(0)) {}
-    A* row(int64_t i) const { return memory.get() + N + (i + 1) * pitch; }
+struct Neighbours {
+    Vec<A, N> left, middle, right;
 };
 
+// The vector at column j of a row with its neighbours, zeros outside of the row.
 template <class A, int N, class T>
-void fill(const PaddedPlane<A, N>& plane, const T* x, int64_t H, int64_t W) {
-    for (int64_t i = 0; i < H; ++i) {
-        for (int64_t j = 0; j < W; j += N) {
-            store<A, N>(plane.row(i) + j, load<A, N>(x + i * W + j, W - j, (H - i) * W - j));
-        }
-    }
+__attribute__((always_inline)) inline Neighbours<A, N> neighbours(const T* row, int64_t j, int64_t W, int64_t room) {
+    using V = Vec<A, N>;
+    const V before = j > 0 ? load<A, N>(row + j - N) : V{};
+    const V at = load<A, N>(row + j, W - j, room - j);
+    const V after = j + N < W ? load<A, N>(row + j + N, W - j - N, room - j - N) : V{};
+    return {concat<A, N, N - 1>(before, at), at, concat<A, N, 1>(at, after)};
 }
 
-// The columns from j on of o = filter_x over x + (filter_carried over carried, or factor * carried); returns their sum.
-template <class T, int N, Carry kCarry, class A = Acc<T>, class Fetch>
-A forward_strip(const PaddedPlane<A, N>& x, const PaddedPlane<A, N>& carried, const T* carried_map, int64_t H,
-                int64_t W, int64_t j, const A* filter_x, const A* filter_carried, A* o, int64_t o_pitch,
-                const Fetch& fetch_next) {
+// The columns from j on of o = filter_x over x + (filter_carried over carried, or factor * carried), row i's vector
+// to put(i, vector); returns their sum.
+template <class T, int N, Carry kCarry, class A = Acc<T>, class Put, class Fetch>
+__attribute__((always_inline)) inline A forward_strip(const T* x, const T* carried, int64_t H, int64_t W, int64_t j,
+                                                      const A* filter_x, const A* filter_carried, const Put& put,
+                                                      const Fetch& fetch_next) {
     using V = Vec<A, N>;
     V fx[9], fc[9];
 #pragma GCC unroll 9
@@ -49,25 +48,25 @@ A forward_strip(const PaddedPlane<A, N>& x, const PaddedPlane<A, N>& carried, co
     for (int64_t i = 0; i < H; ++i) {
         V below = {};
         fetch_next(i * W + j);
-        const auto add_row = [&](const A* row, const V* f) {
-            const V left = load<A, N>(row + j - 1), middle = load<A, N>(row + j), right = load<A, N>(row + j + 1);
+        const auto add_row = [&](const T* map, const V* f) {
+            const auto [left, middle, right] = neighbours<A, N>(map + i * W, j, W, (H - i) * W);
             below += f[0] * left + f[1] * middle + f[2] * right;
             here += f[3] * left + f[4] * middle + f[5] * right;
             above += f[6] * left + f[7] * middle + f[8] * right;
         };
-        add_row(x.row(i), fx);
-        if constexpr (kCarry == Carry::filtered) add_row(carried.row(i), fc);
+        add_row(x, fx);
+        if constexpr (kCarry == Carry::filtered) add_row(carried, fc);
         if constexpr (kCarry == Carry::scaled) {
-            here += fc[4] * load<A, N>(carried_map + i * W + j, W - j, (H - i) * W - j);
+            here += fc[4] * load<A, N>(carried + i * W + j, W - j, (H - i) * W - j);
         }
         if (i > 0) {
-            store<A, N>(o + (i - 1) * o_pitch + j, above);
+            put(i - 1, above);
             total += above;
         }
         above = here;
         here = below;
     }
-    store<A, N>(o + (H - 1) * o_pitch + j, above);
+    put(H - 1, above);
     return sum<A, N>(keep_lanes<A, N>(total + above, W - j));
 }
 
@@ -77,7 +76,6 @@ void forward_planes_of(const LightUpdateForward<T>& a) {
     const auto [B, C, H, W] = a.shape;
     const int64_t o_pitch = round_up(W, N);
     parallel(B * C, 4 * H * W, [&, C = C, H = H, W = W](int64_t begin, int64_t end) {
-        const PaddedPlane<A, N> x(H, W), carried(kCarry == Carry::filtered ? H : 0, W);
         const Scratch<A> o(H * o_pitch);
         for (int64_t i = begin; i < end; ++i) {
             const int64_t b = i / C, c = i % C;
@@ -86,9 +84,6 @@ void forward_planes_of(const LightUpdateForward<T>& a) {
                 filter_x[t] = x_filter(a, b, c, t);
                 filter_carried[t] = carried_filter(a, b, c, t);
             }
-            fill<A, N>(x, a.x.at(b, c, 0), H, W);
-            const T* carried_map = kCarry == Carry::none ? nullptr : a.carried.at(b, c, 0);
-            if constexpr (kCarry == Carry::filtered) fill<A, N>(carried, carried_map, H, W);
             const auto fetch_next = [x = a.x.at(b, c, H * W), carried = a.carried.at(b, c, H * W),
                                      o = a.o.at(b, c, H * W), out = a.out.at(b, c, H * W)](int64_t p) {
                 __builtin_prefetch(x + p);
@@ -98,8 +93,11 @@ void forward_planes_of(const LightUpdateForward<T>& a) {
             };
             A total = 0;
             for (int64_t j = 0; j < W; j += N) {
-                total += forward_strip<T, N, kCarry>(x, carried, carried_map, H, W, j, filter_x, filter_carried,
-                                                     o.get(), o_pitch, fetch_next);
+                const auto put = [to = o.get() + j, o_pitch](int64_t i, Vec<A, N> v) {
+                    store<A, N>(to + i * o_pitch, v);
+                };
+                total += forward_strip<T, N, kCarry>(a.x.at(b, c, 0), a.carried.at(b, c, 0), H, W, j, filter_x,
+                                                     filter_carried, put, fetch_next);
             }
             if (a.scale) {
                 a.mean[i] = total / A(H * W);
@@ -114,11 +112,13 @@ void forward_planes_of(const LightUpdateForward<T>& a) {
 }
 
 // The columns from j on of both maps' gradients, and of the products for the filters' ones:
-// products[t] = sum of x times the output's gradient shifted by tap t.
+// products[t] = sum of x times the output's gradient shifted by tap t. grad has a row of zeros above and below.
 template <class T, int N, Carry kCarry, class A = Acc<T>, class Fetch>
-void backward_strip(const PaddedPlane<A, N>& grad, const T* x, const T* carried, const T* grad_out, A residual,
-                    T* grad_x, T* grad_carried, int64_t H, int64_t W, int64_t j, const A* filter_x,
-                    const A* filter_carried, Vec<A, N>* products, const Fetch& fetch_next) {
+__attribute__((always_inline)) inline void backward_strip(const A* grad, int64_t pitch, const T* x, const T* carried,
+                                                          const T* grad_out, A residual, T* grad_x, T* grad_carried,
+                                                          int64_t H, int64_t W, int64_t j, const A* filter_x,
+                                                          const A* filter_carried, Vec<A, N>* products,
+                                                          const Fetch& fetch_next) {
     using V = Vec<A, N>;
     V fx[9], fc[9], px[9], pc[9], g[9];  // g: the gradient around a pixel, in the order of the taps it met
 #pragma GCC unroll 9
@@ -129,8 +129,10 @@ void backward_strip(const PaddedPlane<A, N>& grad, const T* x, const T* carried,
         pc[t] = products[9 + t];
     }
     const auto load_row = [&](int64_t i, V* to) {
-#pragma GCC unroll 3
-        for (int dx = 0; dx < 3; ++dx) to[dx] = load<A, N>(grad.row(i) + j + 1 - dx);
+        const auto [left, middle, right] = neighbours<A, N>(grad + i * pitch, j, pitch, pitch);
+        to[0] = right;
+        to[1] = middle;
+        to[2] = left;
     };
     load_row(-1, g + 3);
     load_row(0, g);
@@ -175,8 +177,10 @@ template <class T, int N, Carry kCarry>
 void backward_planes_of(const LightUpdateBackward<T>& a) {
     using A = Acc<T>;
     const auto [B, C, H, W] = a.shape;
+    const int64_t pitch = round_up(W, N);
     parallel(B * C, 8 * H * W, [&, C = C, H = H, W = W](int64_t begin, int64_t end) {
-        const PaddedPlane<A, N> grad(H, W);
+        const Scratch<A> memory((H + 2) * pitch, A(0));
+        A* grad = memory.get() + pitch;
         for (int64_t k = begin; k < end; ++k) {
             const int64_t b = k / C, c = k % C;
             const T *grad_out = a.grad_out.at(b, c, 0), *grad_o = a.grad_o ? a.grad_o.at(b, c, 0) : nullptr;
@@ -188,7 +192,7 @@ void backward_planes_of(const LightUpdateBackward<T>& a) {
                     Vec<A, N> g = factor * load<A, N>(grad_out + p, W - j, room) +
                                   slope * (load<A, N>(o + p, W - j, room) - mean) + offset;
                     if (grad_o) g += load<A, N>(grad_o + p, W - j, room);
-                    store<A, N>(grad.row(i) + j, keep_lanes<A, N>(g, W - j));
+                    store<A, N>(&grad[i * pitch + j], keep_lanes<A, N>(g, W - j));
                 }
             }
             A filter_x[9], filter_carried[9];
@@ -209,8 +213,8 @@ void backward_planes_of(const LightUpdateBackward<T>& a) {
             };
             Vec<A, N> products[kProducts] = {};
             for (int64_t j = 0; j < W; j += N) {
-                backward_strip<T, N, kCarry>(grad, x, carried, grad_out, a.residual[k], grad_x, grad_carried, H, W, j,
-                                             filter_x, filter_carried, products, fetch_next);
+                backward_strip<T, N, kCarry>(grad, pitch, x, carried, grad_out, a.residual[k], grad_x, grad_carried, H,
+                                             W, j, filter_x, filter_carried, products, fetch_next);
             }
             for (int t = 0; t < kProducts; ++t) a.products[(b * kProducts + t) * C + c] = sum<A, N>(products[t]);
         }
