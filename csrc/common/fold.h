@@ -17,6 +17,8 @@ A fold_plane(const A* o, int64_t pitch, int64_t H, int64_t W, const T* x, A scal
     for (int64_t i = 0; i < H; ++i) {
         for (int64_t j = 0; j < W; j += N) {
             const int64_t p = i * W + j, n = W - j;
+            fetch_ahead_to_write(out + p);
+            if (o_out) fetch_ahead_to_write(o_out + p);
             const auto value = load<A, N>(o + i * pitch + j);
             if (o_out) store<A, N>(o_out + p, value, n);
             const auto sum_of = folded<A, N>(load<A, N>(x + p, n), value, a, b, relu);

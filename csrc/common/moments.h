@@ -10,6 +10,7 @@ void finish_plane(const A* o, int64_t pitch, int64_t H, int64_t W, A total, T* o
     LongSum<A, N> squares;
     for (int64_t i = 0; i < H; ++i, o += pitch, out += W) {
         for (int64_t j = 0; j < whole; j += N) {
+            fetch_ahead_to_write(out + j);
             const Vec<A, N> value = load<A, N>(o + j), centred = value - mean;
             store<A, N>(out + j, value);
             squares.add(centred * centred);

@@ -130,27 +130,26 @@ void add_pixel(const Map<const T>* maps, const A* weights, int64_t count, int64_
 }
 
 // One plane of the layer's own value map, and o = weight * that, as the map keeps it; returns its sum.
-template <int M, class T, class A = Acc<T>>
+template <int M, int K, class T, class A = Acc<T>>
 A value_plane(const LayerAttentionForward<T>& a, int64_t b, int64_t c, A weight, A* o) {
     const int64_t H = a.shape.H, W = a.shape.W;
     const A* filter = a.value_weight + c * 9;
-    const T *x = a.x.at(b, c, 0), *next_x = a.x.at(b, c, H * W);
-    T* value = a.value.at(b, c, 0);
-    const auto fetch_next = [next_x](int64_t p) { __builtin_prefetch(next_x + p); };
+    const T* x = a.x.at(b, c, 0);
+    const auto put = [value = a.value.at(b, c, 0), weight, o, W](int64_t i, int64_t j, Vec<A, M> v) {
+        const int64_t p = i * W + j;
+        fetch_ahead_to_write(value + p);
+        store<A, M>(value + p, v, W - j);
+        if constexpr (!std::is_same_v<T, A>) v = load<A, M>(value + p, W - j);
+        store<A, M>(o + p, weight * v, W - j);
+    };
     A total = 0;
-    for (int64_t j = 0; j < W; j += M) {
-        const auto put = [=](int64_t i, Vec<A, M> v) {
-            const int64_t p = i * W + j;
-            store<A, M>(value + p, v, W - j);
-            if constexpr (!std::is_same_v<T, A>) v = load<A, M>(value + p, W - j);
-            store<A, M>(o + p, weight * v, W - j);
-        };
-        total += forward_strip<T, M, Carry::none>(x, x, H, W, j, filter, filter, put, fetch_next);
+    for (int64_t j = 0; j < W; j += K * M) {
+        total += forward_band<T, M, K, Carry::none>(x, x, H, W, j, filter, filter, put);
     }
     return total;
 }
 
-template <int M, class T>
+template <int M, int K, class T>
 void forward_planes_of(const LayerAttentionForward<T>& a) {
     using A = Acc<T>;
     constexpr int N = kLanes<A>;
@@ -163,7 +162,7 @@ void forward_planes_of(const LayerAttentionForward<T>& a) {
             A* o = sums.get();
             for (int64_t c = first; c < last; ++c, o += pitch) {
                 const A weight = weights[(a.layers - 1) * C + c];
-                a.pooled[b * C + c] = value_plane<M>(a, b, c, weight, o) / A(HW);
+                a.pooled[b * C + c] = value_plane<M, K>(a, b, c, weight, o) / A(HW);
             }
             add_planes<T>({a.values, a.layers - 1, weights, C, b}, first, last, HW, sums.get(), pitch);
             o = sums.get();
@@ -184,7 +183,7 @@ void forward_planes_of(const LayerAttentionForward<T>& a) {
 
 template <class T>
 void forward_planes(const LayerAttentionForward<T>& a) {
-    on_lanes<Acc<T>>(a.shape.W, [&](auto lanes) { forward_planes_of<lanes()>(a); });
+    on_width<Acc<T>>(a.shape.W, [&](auto lanes, auto band) { forward_planes_of<lanes(), band()>(a); });
 }
 
 // In channels_last the value map is a pass of its own.

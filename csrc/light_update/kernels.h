@@ -17,7 +17,7 @@ template <class T>
 void forward(const LightUpdateForward<T>& a, bool channels_last) {
     on_carry(a, [&](auto carry) {
         if (channels_last) return forward_rows_of<T, carry()>(a);
-        on_lanes<Acc<T>>(a.shape.W, [&](auto lanes) { forward_planes_of<T, lanes(), carry()>(a); });
+        on_width<Acc<T>>(a.shape.W, [&](auto lanes, auto band) { forward_planes_of<T, lanes(), band(), carry()>(a); });
     });
 }
 
@@ -25,6 +25,6 @@ template <class T>
 void backward(const LightUpdateBackward<T>& a, bool channels_last) {
     on_carry(a, [&](auto carry) {
         if (channels_last) return backward_rows_of<T, carry()>(a);
-        on_lanes<Acc<T>>(a.shape.W, [&](auto lanes) { backward_planes_of<T, lanes(), carry()>(a); });
+        on_width<Acc<T>>(a.shape.W, [&](auto lanes, auto) { backward_planes_of<T, lanes(), carry()>(a); });
     });
 }
