@@ -71,8 +71,9 @@ def choose(device: torch.device, backend: str | None = None, op: str | None = No
     if asked != "auto":
         can_run(asked, device, raise_error=True)
         return asked
-    names = (name for name in preference(device, op) if not (name == "triton" and triton.interpreting()))
-    return next(name for name in names if can_run(name, device))
+    for name in preference(device, op):
+        if why_not(name, device) is None and not (name == "triton" and triton.interpreting()):
+            return name
 
 
 def _asked(backend: str | None) -> str:

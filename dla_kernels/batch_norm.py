@@ -38,17 +38,21 @@ class BatchNorm(NamedTuple):
         if isinstance(module, nn.SyncBatchNorm) and module.training and dist.is_initialized():
             group = module.process_group or dist.group.WORLD
             group = group if dist.get_world_size(group) > 1 else None
+        running_mean = module.running_mean
         return cls(
-            module.weight, module.bias, module.running_mean, module.running_var, module.num_batches_tracked,
-            module.training or module.running_mean is None, module.momentum, module.eps, group,
+            module.weight, module.bias, running_mean, module.running_var, module.num_batches_tracked,
+            module.training or running_mean is None, module.momentum, module.eps, group,
         )  # fmt: skip
 
     def to(self, dtype: torch.dtype) -> "BatchNorm":
         """With weight, bias and constant statistics in ``dtype``; running ones that training writes keep their own."""
-        constants = () if self.training else (self.running_mean, self.running_var)
-        if all(t.dtype == dtype for t in (self.weight, self.bias, *constants)):
+        if self.weight.dtype == self.bias.dtype == dtype and (
+            self.training or self.running_mean.dtype == self.running_var.dtype == dtype
+        ):
             return self
-        running = (self.running_mean, self.running_var) if self.training else (t.to(dtype) for t in constants)
+        running = self.running_mean, self.running_var
+        if not self.training:
+            running = (t.to(dtype) for t in running)
         return BatchNorm(self.weight.to(dtype), self.bias.to(dtype), *running, *self[4:])
 
     @property

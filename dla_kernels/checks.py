@@ -11,6 +11,9 @@ from dla_kernels.dsu import DsuWeights
 
 #: What may gate a prior layer: the context of its step, or the hidden state.
 GATES = ("context", "hidden")
+#: What a tensor's sizes must be: a number stands for itself, a known name for the size that it was bound to, a new name
+#: for whatever comes.
+Layout = tuple[str | int, ...]
 MAP_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -33,7 +36,7 @@ class Checker:
     def fail(self, message: str) -> None:
         raise ValueError(f"{self.op}: {message}")
 
-    def map(self, name: str, x: Tensor, layout: str = "B C H W") -> None:
+    def map(self, name: str, x: Tensor, layout: Layout = ("B", "C", "H", "W")) -> None:
         """An activation map; all maps of a call share one dtype."""
         if self._as_before("map", x, layout):
             return
@@ -45,7 +48,7 @@ class Checker:
             self.fail(f"`{name}` must have the dtype of `{first_name}`, {first.dtype}, got {x.dtype}")
         self._passes("map", x, layout)
 
-    def state(self, name: str, x: Tensor, layout: str) -> None:
+    def state(self, name: str, x: Tensor, layout: Layout) -> None:
         """Recurrent state: float32, or float64 beside float64 maps."""
         if self._as_before("state", x, layout):
             return
@@ -55,7 +58,7 @@ class Checker:
             self.fail(f"`{name}` must be {expected} (recurrent state is never of low precision), got {x.dtype}")
         self._passes("state", x, layout)
 
-    def weight(self, name: str, x: Tensor, layout: str) -> None:
+    def weight(self, name: str, x: Tensor, layout: Layout) -> None:
         """A parameter, of any floating-point dtype: autocast keeps float32 weights beside bfloat16 maps."""
         if self._as_before("weight", x, layout):
             return
@@ -70,7 +73,7 @@ class Checker:
             channels = self.dims["C"]
             if weights.channels != channels:
                 self.fail(f"`weights` must be for {channels} channels, got those for {weights.channels}")
-            self.weight("weights.packed", weights.packed, str(sum(torch.Size(s).numel() for s in weights.shapes)))
+            self.weight("weights.packed", weights.packed, (sum(torch.Size(s).numel() for s in weights.shapes),))
             return
         if len(weights) not in (3, 8):
             self.fail(f"`weights` must hold 3 tensors (joint form) or 8 (split form), got {len(weights)}")
@@ -81,7 +84,7 @@ class Checker:
         c = self.dims["C"]
         layouts = (("R", 2 * c), (3 * c, "R"), (3 * c,)) if joint else (("R", c), ("R",), (3 * c, "R"), (3 * c,)) * 2
         for name, layout, tensor in zip(names, layouts, weights, strict=True):
-            self.weight(f"weights.{name}", tensor, " ".join(map(str, layout)))
+            self.weight(f"weights.{name}", tensor, layout)
 
     def batch_norm(self, norm: BatchNorm, values: int) -> None:
         """A BatchNorm over C channels; ``values`` is what a channel has of the map it normalises."""
@@ -91,14 +94,14 @@ class Checker:
             self.fail("`norm` must have running statistics where it is not training")
         if norm.training and values == 1:
             self.fail("BatchNorm in training needs more than one value per channel, got a batch of one pixel")
-        self.weight("norm.weight", norm.weight, "C")
-        self.weight("norm.bias", norm.bias, "C")
+        self.weight("norm.weight", norm.weight, ("C",))
+        self.weight("norm.bias", norm.bias, ("C",))
         if norm.running_mean is not None:
-            self.weight("norm.running_mean", norm.running_mean, "C")
+            self.weight("norm.running_mean", norm.running_mean, ("C",))
         if norm.running_var is not None:
-            self.weight("norm.running_var", norm.running_var, "C")
+            self.weight("norm.running_var", norm.running_var, ("C",))
         if norm.training and norm.num_batches_tracked is not None:
-            self._shape("norm.num_batches_tracked", norm.num_batches_tracked, "")
+            self._shape("norm.num_batches_tracked", norm.num_batches_tracked, ())
             if norm.num_batches_tracked.dtype != torch.int64:
                 self.fail(f"`norm.num_batches_tracked` must be torch.int64, got {norm.num_batches_tracked.dtype}")
 
@@ -119,33 +122,31 @@ class Checker:
         self.one_of("activation", value, tuple(ACTIVATIONS))
 
     # On small maps the checks take as long as the op: a tensor like one that has passed passes at once.
-    def _as_before(self, kind: str, x: Tensor, layout: str) -> bool:
+    def _as_before(self, kind: str, x: Tensor, layout: Layout) -> bool:
         return isinstance(x, Tensor) and self.passed.get((kind, layout)) == (x.shape, x.dtype, x.device)
 
-    def _passes(self, kind: str, x: Tensor, layout: str) -> None:
+    def _passes(self, kind: str, x: Tensor, layout: Layout) -> None:
         self.passed[kind, layout] = x.shape, x.dtype, x.device
 
-    def _shape(self, name: str, x: Tensor, layout: str) -> None:
+    def _shape(self, name: str, x: Tensor, layout: Layout) -> None:
         if not isinstance(x, Tensor):
             self.fail(f"`{name}` must be a tensor, got {type(x).__name__}")
-        names, shape, bound = layout.split(), x.shape, self.dims
-        if len(shape) != len(names):
-            self._fail_shape(name, names, shape)
-        new = []
-        for n, size in zip(names, shape, strict=True):
-            # A digit stands for itself, a known name for its bound value, a new name for whatever comes.
-            wanted = int(n) if n.isdigit() else bound.get(n)
+        shape, new = x.shape, {}
+        if len(shape) != len(layout):
+            self._fail_shape(name, layout, shape)
+        for n, size in zip(layout, shape, strict=True):
+            wanted = self.dims.get(n) if isinstance(n, str) else n
             if wanted is None:
-                new.append((n, size))
+                new[n] = size
             elif size != wanted:
-                self._fail_shape(name, names, shape)
-        bound.update(new)
+                self._fail_shape(name, layout, shape)
+        self.dims.update(new)
         if self.first is None:
             self.first = (name, x)
         first_name, first = self.first
         if x.device != first.device:
             self.fail(f"`{name}` must be on the device of `{first_name}`, {first.device}, got {x.device}")
 
-    def _fail_shape(self, name: str, names: Sequence[str], shape: torch.Size) -> None:
-        wanted = ", ".join(f"{n}={self.dims[n]}" if n in self.dims else n for n in names)
+    def _fail_shape(self, name: str, layout: Layout, shape: torch.Size) -> None:
+        wanted = ", ".join(f"{n}={self.dims[n]}" if n in self.dims else str(n) for n in layout)
         self.fail(f"`{name}` must have shape ({wanted}), got {tuple(shape)}")

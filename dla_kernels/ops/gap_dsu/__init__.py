@@ -73,15 +73,15 @@ def gap_dsu(
     check = Checker("gap_dsu")
     pooled = isinstance(x, Tensor) and x.dim() == 2
     if pooled:
-        check.state("x", x, "B C")
+        check.state("x", x, ("B", "C"))
     else:
         check.map("x", x)
-    check.state("h", h, "B C")
-    check.state("c", c, "B C")
+    check.state("h", h, ("B", "C"))
+    check.state("c", c, ("B", "C"))
     check.dsu_weights(weights)
     check.activation(activation)
     if carried is not None:
-        check.state("carried", carried, "B C")
+        check.state("carried", carried, ("B", "C"))
     check.one_of("gate", gate, GATES)
     chosen = choose(x.device, backend, "gap_dsu")
     if chosen == "reference":

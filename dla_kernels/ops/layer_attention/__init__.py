@@ -69,30 +69,31 @@ def layer_attention(
     """
     check = Checker("layer_attention")
     check.map("x", x)
-    check.weight("value_weight", value_weight, "C 1 3 3")
+    check.weight("value_weight", value_weight, ("C", 1, 3, 3))
     for m, layer in enumerate(prior):
         if not isinstance(layer, Layer):
             check.fail(f"`prior[{m}]` must be a layer as layer_attention returns it, got {type(layer).__name__}")
         check.map(f"prior[{m}]", layer.value)
     check.dims["T"] = layers = len(prior) + 1
-    check.state("features", features, "B T C")
-    check.state("gates", gates, "B T C")
-    check.weight("query_weight", query_weight, "1 1 K")
+    check.state("features", features, ("B", "T", "C"))
+    check.state("gates", gates, ("B", "T", "C"))
+    check.weight("query_weight", query_weight, (1, 1, "K"))
     check.odd("query_weight", "K")
     if len(key_weights) not in (1, layers):
         check.fail(f"`key_weights` must hold a filter for each of the {layers} layers or one, got {len(key_weights)}")
     for m, weight in enumerate(key_weights):
-        check.weight(f"key_weights[{m}]", weight, "1 1 K")
+        check.weight(f"key_weights[{m}]", weight, (1, 1, "K"))
     check.batch_norm(norm, count_of(x))
     check.heads(head_dim)
     if keep is not None:
-        check.state("keep", keep, "B")
+        check.state("keep", keep, ("B",))
     if followers < 0:
         check.fail(f"`followers` must be at least 0, got {followers}")
     chosen = choose(x.device, backend, "layer_attention")
     dtype = accumulate_dtype(x)
     norm, query_weight, value_weight = norm.to(dtype), query_weight.to(dtype), value_weight.to(dtype)
-    attention = x, features, gates, query_weight, [w.to(dtype) for w in key_weights], value_weight
+    key_weights = [w if w.dtype == dtype else w.to(dtype) for w in key_weights]
+    attention = x, features, gates, query_weight, key_weights, value_weight
     if chosen == "reference":
         out, value, pooled, key, mean, var, share = reference.layer_attention(
             *attention, [layer.value for layer in prior], norm, keep, head_dim

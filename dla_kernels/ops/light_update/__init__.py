@@ -66,11 +66,11 @@ def light_update(
     """
     check = Checker("light_update")
     check.map("x", x)
-    check.state("y", y, "B C")
-    check.weight("query_weight", query_weight, "1 1 K")
-    check.weight("key_weight", key_weight, "1 1 K")
+    check.state("y", y, ("B", "C"))
+    check.weight("query_weight", query_weight, (1, 1, "K"))
+    check.weight("key_weight", key_weight, (1, 1, "K"))
     check.odd("query_weight", "K")
-    check.weight("value_weight", value_weight, "C 1 3 3")
+    check.weight("value_weight", value_weight, ("C", 1, 3, 3))
     check.batch_norm(norm, count_of(x))
     check.heads(head_dim)
     if carried is None:
@@ -79,13 +79,13 @@ def light_update(
                 check.fail(f"`{name}` goes with `carried`, which is None")
     else:
         check.map("carried", carried)
-        check.weight("carry_scale", carry_scale, "C")
+        check.weight("carry_scale", carry_scale, ("C",))
         if gate is not None:
-            check.state("gate", gate, "B C")
+            check.state("gate", gate, ("B", "C"))
         if carry_weight is not None:
-            check.weight("carry_weight", carry_weight, "C 1 3 3")
+            check.weight("carry_weight", carry_weight, ("C", 1, 3, 3))
     if keep is not None:
-        check.state("keep", keep, "B")
+        check.state("keep", keep, ("B",))
     chosen = choose(x.device, backend, "light_update")
     dtype = accumulate_dtype(x)
     norm = norm.to(dtype)

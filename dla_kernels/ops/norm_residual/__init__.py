@@ -52,7 +52,7 @@ def norm_residual(
     check.map("o", o)
     check.batch_norm(norm, count_of(o))
     if keep is not None:
-        check.state("keep", keep, "B")
+        check.state("keep", keep, ("B",))
     if relu not in RELU:
         check.fail(f"`relu` must be one of {', '.join(map(repr, RELU))}, got {relu!r}")
     chosen = choose(o.device, backend, "norm_residual")

@@ -49,10 +49,10 @@ def refresh_gates(
         RuntimeError: the backend asked for cannot run.
     """
     check = Checker("refresh_gates")
-    check.state("features", features, "B T C")
-    check.state("gates", gates, "B T C")
-    check.state("h", h, "B C")
-    check.state("c", c, "B C")
+    check.state("features", features, ("B", "T", "C"))
+    check.state("gates", gates, ("B", "T", "C"))
+    check.state("h", h, ("B", "C"))
+    check.state("c", c, ("B", "C"))
     check.dsu_weights(weights)
     check.activation(activation)
     check.one_of("gate", gate, GATES)
