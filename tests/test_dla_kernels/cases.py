@@ -260,6 +260,8 @@ ROWS = [
         ("filters of five", (2, 16, 3, 3), {"K": 5, "head_dim": 4}),  # which reach beyond a head
         ("filters longer than the channels", (2, 2, 3, 3), {"K": 5, "head_dim": 1}),
         ("wide rows", (2, 4, 5, 33), {"carry": "gate filter"}),  # a vector and one pixel over
+        ("wider rows", (1, 3, 4, 83), {"carry": "gate filter"}),  # more vectors than go side by side
+        ("wider rows, no gate", (1, 3, 4, 83), {"carry": "plain"}),
         ("primes", (3, 13, 7, 11), {"carry": "gate filter"}),
         ("primes in rows", (3, 13, 7, 11), {"layout": "rows", "carry": "gate filter"}),
         ("several runs of rows", (2, 48, 40, 40), {"layout": "rows"}),  # the window crosses a run's edge
@@ -279,6 +281,7 @@ ROWS = [
         ("drop path", (5, 16, 8, 8), {"keep": True}),
         ("eval statistics", (2, 16, 8, 8), {"statistics": "running"}),
         ("deep stage", (2, 8, 4, 4), {"T": 36}),  # the third stage of ResNet-152
+        ("wider rows", (1, 2, 4, 83), {}),
         ("primes", (3, 13, 7, 11), {}),
         ("primes in rows", (3, 13, 7, 11), {"layout": "rows"}),
         ("several runs of rows", (2, 48, 40, 40), {"layout": "rows"}),
