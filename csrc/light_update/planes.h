@@ -17,7 +17,7 @@ void on_width(int64_t W, const Body& body) {
     body(lanes, std::integral_constant<int, 4>{});
 }
 
-// K vectors of a row from column j on, and what lies beside them; zeros outside of the row.
+// K vectors of a row from column j on, and what lies beside them; zeros outside of the row. A map is fetched ahead.
 template <class A, int N, int K>
 struct Band {
     Vec<A, N> vectors[K + 2];
