@@ -26,13 +26,14 @@ inline Vec<A, N> broadcast(A value) {
 // Asks for what a loop comes to some vectors later, to read or to write. The hardware does so by itself, but stops at
 // every page, and a loop of many instructions does not reach its next page in time. Always inlined: GCC takes a call
 // of a function that does nothing else for one without an effect.
+constexpr int64_t kFetchAhead = 2048;  // bytes
 template <class T>
 __attribute__((always_inline)) inline void fetch_ahead(const T* p) {
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + 2048);
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + kFetchAhead);
 }
 template <class T>
 __attribute__((always_inline)) inline void fetch_ahead_to_write(const T* p) {
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + 2048, 1);
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + kFetchAhead, 1);
 }
 
 // N numbers of type T from memory of any alignment, as accumulators.
