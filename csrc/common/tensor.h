@@ -73,7 +73,7 @@ Map<T> map_of(const Tensor& x) {
 }
 
 // Vectors and weights: small, and contiguous from here on.
-inline Tensor dense(const Tensor& x) { return torch::stable::contiguous(x); }
+inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 inline std::optional<Tensor> dense(const std::optional<Tensor>& x) {
     return x ? std::optional<Tensor>(dense(*x)) : std::nullopt;
@@ -94,15 +94,37 @@ A* mutable_data_of(const Tensor& x) {
     return static_cast<A*>(x.mutable_data_ptr());
 }
 
-// Uninitialised, of the dtype of `like`.
+// Uninitialised, on the device of `like` and of its dtype, or the given one. torch::stable::new_empty looks the op up
+// by its name at every call, and the many tensors of an op on small maps took as long as its kernel.
+inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                         std::optional<ScalarType> of = std::nullopt) {
+    int32_t dtype, layout, device, index;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+    if (of) dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*of));
+    AtenTensorHandle made;
+    if (aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), &dtype, &layout,
+                                  &device, index, nullptr, &made) == TORCH_SUCCESS) {
+        return Tensor(made);
+    }
+    return torch::stable::new_empty(like, sizes, of);  // which says why it cannot
+}
+
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes) {
-    return torch::stable::new_empty(like, {sizes.begin(), sizes.size()});
+    return new_tensor(like, {sizes.begin(), sizes.size()}, std::nullopt);
 }
 
 // Uninitialised, of the dtype of recurrent state beside the map.
 inline Tensor new_state(const Tensor& map, std::initializer_list<int64_t> sizes) {
     const auto dtype = map.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-    return torch::stable::new_empty(map, {sizes.begin(), sizes.size()}, dtype);
+    return new_tensor(map, {sizes.begin(), sizes.size()}, dtype);
+}
+
+// Uninitialised, of the sizes, the layout and the dtype of x.
+inline Tensor new_like(const Tensor& x) {
+    return x.is_contiguous() ? new_tensor(x, x.sizes()) : torch::stable::empty_like(x);
 }
 
 // Calls body with a null pointer to the map's element type, of which the two 16-bit ones have names of their own on

@@ -45,9 +45,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gap_dsu_forward(const Tensor& x_, con
     const auto carried = dense(carried_);
     const bool pooled = x_.dim() == 2;
     const Tensor x = pooled ? dense(x_) : walkable(x_);
-    const Tensor y = pooled ? new_tensor(h, {0}) : torch::stable::empty_like(h);
-    const Tensor new_h = torch::stable::empty_like(h), new_c = torch::stable::empty_like(c);
-    const Tensor gate = carried ? torch::stable::empty_like(h) : new_tensor(h, {0});
+    const Tensor y = pooled ? new_tensor(h, {0}) : new_like(h);
+    const Tensor new_h = new_like(h), new_c = new_like(c);
+    const Tensor gate = carried ? new_like(h) : new_tensor(h, {0});
     on_dtype(x, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
@@ -80,9 +80,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gap_dsu_backward(
     const auto grad_of_y = dense(grad_y_), grad_new_h = dense(grad_h_), grad_new_c = dense(grad_c_);
     const auto grad_gate = dense(grad_gate_), carried = dense(carried_);
     const Tensor y = dense(y_), h = dense(h_), c = dense(c_), weights = dense(weights_);
-    const Tensor grad_y = torch::stable::empty_like(y), grad_h = torch::stable::empty_like(h);
-    const Tensor grad_c = torch::stable::empty_like(c), grad_weights = torch::stable::empty_like(weights);
-    const Tensor grad_carried = carried ? torch::stable::empty_like(h) : new_tensor(h, {0});
+    const Tensor grad_y = new_like(y), grad_h = new_like(h);
+    const Tensor grad_c = new_like(c), grad_weights = new_like(weights);
+    const Tensor grad_carried = carried ? new_like(h) : new_tensor(h, {0});
     on_dtype(y, [&](auto* type) {
         using A = Acc<std::remove_pointer_t<decltype(type)>>;
         const int64_t B = y.size(0), C = y.size(1);

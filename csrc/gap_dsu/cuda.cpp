@@ -34,9 +34,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_gap_dsu_forward(const Tensor& x_
     const bool pooled = x_.dim() == 2;
     const Tensor x = pooled ? dense(x_) : walkable(x_);
     const int64_t B = h.size(0), C = h.size(1);
-    const Tensor y = pooled ? new_tensor(h, {0}) : torch::stable::empty_like(h);
-    const Tensor new_h = torch::stable::empty_like(h), new_c = torch::stable::empty_like(c);
-    const Tensor gate = carried ? torch::stable::empty_like(h) : new_tensor(h, {0});
+    const Tensor y = pooled ? new_tensor(h, {0}) : new_like(h);
+    const Tensor new_h = new_like(h), new_c = new_like(c);
+    const Tensor gate = carried ? new_like(h) : new_tensor(h, {0});
     if (B == 0) return {y, new_h, new_c, gate};
     const Pool pool = pooled ? Pool{} : pool_of(x);
     on_state_dtype(h, [&](auto* type) {
@@ -73,9 +73,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_gap_dsu_backward(
     const auto grad_gate = dense(grad_gate_), carried = dense(carried_);
     const Tensor y = dense(y_), h = dense(h_), c = dense(c_), weights = dense(weights_);
     const int64_t B = y.size(0), C = y.size(1);
-    const Tensor grad_y = torch::stable::empty_like(y), grad_h = torch::stable::empty_like(h);
-    const Tensor grad_c = torch::stable::empty_like(c), grad_weights = torch::stable::empty_like(weights);
-    const Tensor grad_carried = carried ? torch::stable::empty_like(y) : new_tensor(y, {0});
+    const Tensor grad_y = new_like(y), grad_h = new_like(h);
+    const Tensor grad_c = new_like(c), grad_weights = new_like(weights);
+    const Tensor grad_carried = carried ? new_like(y) : new_tensor(y, {0});
     on_state_dtype(y, [&](auto* type) {
         using A = std::remove_pointer_t<decltype(type)>;
         GapDsuBackward<A> args{dsu_of<A>(weights, C, joint, activation),

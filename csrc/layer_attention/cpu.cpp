@@ -106,8 +106,8 @@ struct Layers {
           value_weight(dense(value_weight_)),
           channels_last(is_channels_last(x)),
           values(in_layout(prior, channels_last)),
-          value(torch::stable::empty_like(x)),
-          pooled(torch::stable::empty_like(q)) {
+          value(new_like(x)),
+          pooled(new_like(q)) {
         values.push_back(value);
     }
 
@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor> layer_attention_project(const Tensor& features_, cons
     const Tensor features = dense(features_), gates = dense(gates_);
     const Tensor query_weight = dense(query_weight_), key_weights = dense(key_weights_);
     const Tensor q = new_tensor(features, {features.size(0), features.size(2)}),
-                 k = torch::stable::empty_like(features);
+                 k = new_like(features);
     on_dtype(features, [&](auto* type) {
         using A = Acc<std::remove_pointer_t<decltype(type)>>;
         DLA_ON_ISA(project<A>(filters_of<A>(features, gates, query_weight, key_weights), mutable_data_of<A>(q),
@@ -156,9 +156,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_attention_project_backward(
     const Tensor& gates_, const Tensor& query_weight_, const Tensor& key_weights_) {
     const Tensor features = dense(features_), gates = dense(gates_), grad_q = dense(grad_q_), grad_k = dense(grad_k_);
     const Tensor query_weight = dense(query_weight_), key_weights = dense(key_weights_), so_far = dense(grad_gates_);
-    const Tensor grad_features = torch::stable::empty_like(features), grad_gates = torch::stable::empty_like(gates);
-    const Tensor grad_query_weight = torch::stable::empty_like(query_weight);
-    const Tensor grad_key_weights = torch::stable::empty_like(key_weights);
+    const Tensor grad_features = new_like(features), grad_gates = new_like(gates);
+    const Tensor grad_query_weight = new_like(query_weight);
+    const Tensor grad_key_weights = new_like(key_weights);
     on_dtype(features, [&](auto* type) {
         using A = Acc<std::remove_pointer_t<decltype(type)>>;
         std::copy_n(data_of<A>(so_far), so_far.numel(), mutable_data_of<A>(grad_gates));
@@ -176,8 +176,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_attention_forward(const
                                                                            const std::vector<Tensor>& prior,
                                                                            const Tensor& gates, int64_t head_dim) {
     const Layers in(q, k, x, value_weight, prior, gates);
-    const Tensor o = torch::stable::empty_like(in.x);
-    const Tensor mean = torch::stable::empty_like(in.q), var = torch::stable::empty_like(in.q);
+    const Tensor o = new_like(in.x);
+    const Tensor mean = new_like(in.q), var = new_like(in.q);
     on_dtype(in.x, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
@@ -198,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_attention_folded(const Tensor& q, const
                                                           int64_t head_dim) {
     const Layers in(q, k, x, value_weight, prior, gates);
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
-    const Tensor out = torch::stable::empty_like(in.x);
+    const Tensor out = new_like(in.x);
     on_dtype(in.x, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
@@ -230,10 +230,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_attention_backw
     const auto values = in_layout(values_, channels_last), later_grads = in_layout(later_grads_, channels_last);
     const Shape s = shape_of(o);
     const int64_t layers = k.size(1), later = static_cast<int64_t>(later_grads.size());
-    const Tensor grad_q = torch::stable::empty_like(q), grad_k = torch::stable::empty_like(k);
-    const Tensor grad_gates = torch::stable::empty_like(gates), weights = torch::stable::empty_like(gates);
-    const Tensor grad_o = torch::stable::empty_like(o);
-    const Tensor grad_value = need_value ? torch::stable::empty_like(o) : new_tensor(o, {0});
+    const Tensor grad_q = new_like(q), grad_k = new_like(k);
+    const Tensor grad_gates = new_like(gates), weights = new_like(gates);
+    const Tensor grad_o = new_like(o);
+    const Tensor grad_value = need_value ? new_like(o) : new_tensor(o, {0});
     on_dtype(o, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;

@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor> cuda_layer_attention_project(const Tensor& features_,
     const Tensor features = dense(features_), gates = dense(gates_);
     const Tensor query_weight = dense(query_weight_), key_weights = dense(key_weights_);
     const Tensor q = new_tensor(features, {features.size(0), features.size(2)}),
-                 k = torch::stable::empty_like(features);
+                 k = new_like(features);
     on_cuda_dtype(features, [&](auto* type) {
         using A = Acc<std::remove_pointer_t<decltype(type)>>;
         layer_attention::launch(filters_of<A>(features, gates, query_weight, key_weights), mutable_data_of<A>(q),
@@ -116,9 +116,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_layer_attention_project_backward
     const OnDevice on(features_);
     const Tensor features = dense(features_), gates = dense(gates_), grad_q = dense(grad_q_), grad_k = dense(grad_k_);
     const Tensor query_weight = dense(query_weight_), key_weights = dense(key_weights_), so_far = dense(grad_gates_);
-    const Tensor grad_features = torch::stable::empty_like(features), grad_gates = torch::stable::empty_like(gates);
-    const Tensor grad_query_weight = torch::stable::empty_like(query_weight);
-    const Tensor grad_key_weights = torch::stable::empty_like(key_weights);
+    const Tensor grad_features = new_like(features), grad_gates = new_like(gates);
+    const Tensor grad_query_weight = new_like(query_weight);
+    const Tensor grad_key_weights = new_like(key_weights);
     on_cuda_dtype(features, [&](auto* type) {
         using A = Acc<std::remove_pointer_t<decltype(type)>>;
         const layer_attention::FilterGradients<A> grads{data_of<A>(grad_q),
@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_layer_attention_forward(
     values.push_back(value);
     const Values in(q, k, values, gates, value);
     const Shape& s = in.shape;
-    const Tensor o = torch::stable::empty_like(in.first);
+    const Tensor o = new_like(in.first);
     const Tensor mean = new_tensor(in.q, {s.B, s.C}), var = new_tensor(in.q, {s.B, s.C});
     on_cuda_dtype(o, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> cuda_layer_attention_folded(const Tensor& q, 
     values.push_back(value);
     const Values in(q, k, values, gates, x_);
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
-    const Tensor out = torch::stable::empty_like(in.first);
+    const Tensor out = new_like(in.first);
     on_cuda_dtype(out, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
@@ -198,9 +198,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cuda_layer_attention_
     for (const Tensor& weights : later_weights_) later_weights.push_back(dense(weights));
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
     const auto sum_weight = dense(sum_weight_), sum_bias = dense(sum_bias_), keep = dense(keep_);
-    const Tensor grad_q = torch::stable::empty_like(in.q), grad_k = torch::stable::empty_like(in.k);
-    const Tensor grad_gates = torch::stable::empty_like(in.gates), weights = torch::stable::empty_like(in.gates);
-    const Tensor grad_o = torch::stable::empty_like(in.first), grad_value = map_or_empty(need_value, in.first);
+    const Tensor grad_q = new_like(in.q), grad_k = new_like(in.k);
+    const Tensor grad_gates = new_like(in.gates), weights = new_like(in.gates);
+    const Tensor grad_o = new_like(in.first), grad_value = map_or_empty(need_value, in.first);
     on_cuda_dtype(grad_o, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;

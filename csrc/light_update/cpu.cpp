@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> light_update_forward(const Tensor& x_, const 
                     dense(gate),
                     dense(carry_weight)};
     const Shape s = shape_of(x);
-    const Tensor o = torch::stable::empty_like(x), mean = new_tensor(y, {s.B, s.C}), var = new_tensor(y, {s.B, s.C});
+    const Tensor o = new_like(x), mean = new_tensor(y, {s.B, s.C}), var = new_tensor(y, {s.B, s.C});
     on_dtype(x, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> light_update_folded(
                     dense(carry_weight)};
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
     const Shape s = shape_of(x);
-    const Tensor out = torch::stable::empty_like(x), o = need_o ? torch::stable::empty_like(x) : new_tensor(x, {0});
+    const Tensor out = new_like(x), o = need_o ? new_like(x) : new_tensor(x, {0});
     const Tensor out_mean = new_tensor(y, {s.B, s.C}), o_mean = new_tensor(y, {s.B, s.C});
     on_dtype(x, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
@@ -154,10 +154,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const auto sum_weight = dense(sum_weight_), sum_bias = dense(sum_bias_), keep = dense(keep_);
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_);
     const Shape s = shape_of(o);
-    const auto new_map = [&](bool need) { return need ? torch::stable::empty_like(o) : new_tensor(o, {0}); };
-    const auto like = [&](const std::optional<Tensor>& t) {
-        return t ? torch::stable::empty_like(*t) : new_tensor(y, {0});
-    };
+    const auto new_map = [&](bool need) { return need ? new_like(o) : new_tensor(o, {0}); };
+    const auto like = [&](const std::optional<Tensor>& t) { return t ? new_like(*t) : new_tensor(y, {0}); };
     const Tensor grad_x = new_map(need_x), grad_carried = new_map(need_carried);
     const Tensor grad_y = like(in.y), grad_query_weight = like(in.query_weight), grad_key_weight = like(in.key_weight);
     const Tensor grad_value_weight = like(in.value_weight), grad_carry_scale = like(in.carry_scale);

@@ -66,8 +66,8 @@ void launch_forward(const Tensor& x, const std::optional<Tensor>& carried_, cons
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_, const std::optional<Tensor>& carried, const Dense& in,
                                            int64_t head_dim) {
     const OnDevice device(x_);
-    const Tensor x = walkable(x_), o = torch::stable::empty_like(x);
-    const Tensor mean = new_tensor(in.value_weight, {x.size(0), x.size(1)}), var = torch::stable::empty_like(mean);
+    const Tensor x = walkable(x_), o = new_like(x);
+    const Tensor mean = new_tensor(in.value_weight, {x.size(0), x.size(1)}), var = new_like(mean);
     launch_forward(x, carried, in, head_dim, device.stream(), [&](auto& args, auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         args.o = map_of<T>(o);
@@ -100,8 +100,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_light_update_folded(
     const OnDevice device(x_);
     const Tensor x = walkable(x_), mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
     const Dense in(y, query_weight, key_weight, value_weight, carry_scale, gate, carry_weight);
-    const Tensor out = torch::stable::empty_like(x), o = map_or_empty(need_o, x);
-    const Tensor out_mean = new_tensor(mean, {x.size(0), x.size(1)}), o_mean = torch::stable::empty_like(out_mean);
+    const Tensor out = new_like(x), o = map_or_empty(need_o, x);
+    const Tensor out_mean = new_tensor(mean, {x.size(0), x.size(1)}), o_mean = new_like(out_mean);
     launch_forward(x, carried, in, head_dim, device.stream(), [&](auto& args, auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const Dense in(y, query_weight, key_weight, value_weight, carry_scale, gate, carry_weight);
     const Shape s = shape_of(o);
     const auto like = [&](const std::optional<Tensor>& t) {
-        return t ? torch::stable::empty_like(*t) : new_tensor(in.value_weight, {0});
+        return t ? new_like(*t) : new_tensor(in.value_weight, {0});
     };
     const Tensor grad_x = map_or_empty(need_x, o), grad_carried = map_or_empty(need_carried && carried, o);
     const Tensor grad_y = like(in.y), grad_query_weight = like(in.query_weight), grad_key_weight = like(in.key_weight);

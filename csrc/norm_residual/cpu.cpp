@@ -102,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_residual_forward(const std::opti
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
     const auto keep = dense(keep_);
     const Shape s = shape_of(o);
-    const Tensor out = torch::stable::empty_like(first), y = new_tensor(weight, {s.B, s.C});
+    const Tensor out = new_like(first), y = new_tensor(weight, {s.B, s.C});
     const Tensor used_mean = new_tensor(weight, {s.C}), used_var = new_tensor(weight, {s.C});
     on_dtype(o, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_residual_sums(const Tensor& grad_out_, c
     const auto out = in_layout(out_, is_channels_last(o)), keep = dense(keep_), grad_y = dense(grad_y_);
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
     const Shape s = shape_of(o);
-    const Tensor grad_weight = torch::stable::empty_like(weight), grad_bias = torch::stable::empty_like(bias);
+    const Tensor grad_weight = new_like(weight), grad_bias = new_like(bias);
     const Tensor grad_keep = new_tensor(mean, {need_keep ? s.B : 0});
     on_dtype(o, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
@@ -183,8 +183,8 @@ std::tuple<Tensor, Tensor> norm_residual_backward(const Tensor& grad_out_, const
     const auto out = in_layout(out_, is_channels_last(o)), keep = dense(keep_), grad_y = dense(grad_y_);
     const auto sum_weight = dense(sum_weight_), sum_bias = dense(sum_bias_);
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
-    const Tensor grad_x = need_x ? torch::stable::empty_like(o) : new_tensor(o, {0});
-    const Tensor grad_o = torch::stable::empty_like(o);
+    const Tensor grad_x = need_x ? new_like(o) : new_tensor(o, {0});
+    const Tensor grad_o = new_like(o);
     on_dtype(o, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;

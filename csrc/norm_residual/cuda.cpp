@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_norm_forward(const std::optional
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
     const auto keep = dense(keep_);
     const Shape s = shape_of(o);
-    const Tensor out = torch::stable::empty_like(first), y = new_tensor(weight, {s.B, s.C});
+    const Tensor out = new_like(first), y = new_tensor(weight, {s.B, s.C});
     const Tensor used_mean = new_tensor(weight, {s.C}), used_var = new_tensor(weight, {s.C});
     const int64_t rows = mean.dim() == 2 ? mean.size(0) : 1;
     on_cuda_dtype(o, [&](auto* type) {
@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor> cuda_norm_sums(const Tensor& grad_out_, const
     const OnDevice on(o_);
     const Gradient g(grad_out_, grad_y_, o_, out_, mean_, var_, weight_, bias_, keep_);
     const Shape s = shape_of(g.o);
-    const Tensor grad_weight = torch::stable::empty_like(g.weight), grad_bias = torch::stable::empty_like(g.bias);
+    const Tensor grad_weight = new_like(g.weight), grad_bias = new_like(g.bias);
     const Tensor grad_keep = new_tensor(g.mean, {need_keep ? s.B : 0});
     on_cuda_dtype(g.o, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor> cuda_norm_backward(const Tensor& grad_out_, const std
     const OnDevice on(o_);
     const Gradient g(grad_out_, grad_y_, o_, out_, mean_, var_, weight_, bias_, keep_);
     const auto sum_weight = dense(sum_weight_), sum_bias = dense(sum_bias_);
-    const Tensor grad_x = map_or_empty(need_x, g.o), grad_o = torch::stable::empty_like(g.o);
+    const Tensor grad_x = map_or_empty(need_x, g.o), grad_o = new_like(g.o);
     if (grad_o.numel() == 0) return {grad_x, grad_o};
     on_cuda_dtype(g.o, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;

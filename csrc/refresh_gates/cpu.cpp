@@ -37,7 +37,7 @@ Tensor refresh_gates_forward(const Tensor& features_, const Tensor& gates_, cons
                              const Tensor& weights_, bool joint, int64_t activation, bool of_context) {
     const Tensor features = dense(features_), gates = dense(gates_), h = dense(h_), c = dense(c_);
     const Tensor weights = dense(weights_);
-    const Tensor out = torch::stable::empty_like(gates);
+    const Tensor out = new_like(gates);
     on_dtype(features, [&](auto* type) {
         using A = Acc<std::remove_pointer_t<decltype(type)>>;
         const auto dsu = dsu_of<A>(gates.size(0), gates.size(1), gates.size(2), weights, joint, activation);
@@ -56,9 +56,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> refresh_gates_backward(const 
                                                                           bool joint, int64_t activation,
                                                                           bool of_context) {
     const Tensor grad = dense(grad_), features = dense(features_), gates = dense(gates_), h = dense(h_), c = dense(c_);
-    const Tensor weights = dense(weights_), grad_weights = torch::stable::empty_like(weights);
-    const Tensor grad_features = torch::stable::empty_like(features), grad_gates = torch::stable::empty_like(gates);
-    const Tensor grad_h = torch::stable::empty_like(h), grad_c = torch::stable::empty_like(c);
+    const Tensor weights = dense(weights_), grad_weights = new_like(weights);
+    const Tensor grad_features = new_like(features), grad_gates = new_like(gates);
+    const Tensor grad_h = new_like(h), grad_c = new_like(c);
     on_dtype(features, [&](auto* type) {
         using A = Acc<std::remove_pointer_t<decltype(type)>>;
         const int64_t B = gates.size(0), T = gates.size(1), C = gates.size(2);

@@ -33,12 +33,12 @@ Tensor cuda_refresh_gates_forward(const Tensor& features, const Tensor& gates, c
                                   const Tensor& weights, bool joint, int64_t activation, bool of_context) {
     const OnDevice on(gates);
     const Arguments a(features, gates, h, c, weights);
-    const Tensor out = torch::stable::empty_like(a.gates);
+    const Tensor out = new_like(a.gates);
     if (out.numel() == 0) return out;
     on_state_dtype(a.gates, [&](auto* type) {
         using A = std::remove_pointer_t<decltype(type)>;
         const auto args = a.args<A>(joint, activation, of_context);
-        const Tensor product = torch::stable::empty_like(a.gates);
+        const Tensor product = new_like(a.gates);
         const Tensor hidden = new_tensor(a.gates, {args.M(), args.dsu.hidden()});
         refresh_gates_forward<A>(
             {args, mutable_data_of<A>(out), mutable_data_of<A>(product), mutable_data_of<A>(hidden)}, on.stream());
@@ -52,10 +52,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_refresh_gates_backward(
     const OnDevice on(gates);
     const Arguments a(features, gates, h, c, weights);
     const Tensor grad = dense(grad_);
-    const Tensor grad_features = torch::stable::empty_like(a.features);
-    const Tensor grad_gates = torch::stable::empty_like(a.gates);
-    const Tensor grad_h = torch::stable::empty_like(a.h), grad_c = torch::stable::empty_like(a.c);
-    const Tensor grad_weights = torch::stable::empty_like(a.weights);
+    const Tensor grad_features = new_like(a.features);
+    const Tensor grad_gates = new_like(a.gates);
+    const Tensor grad_h = new_like(a.h), grad_c = new_like(a.c);
+    const Tensor grad_weights = new_like(a.weights);
     on_state_dtype(a.gates, [&](auto* type) {
         using A = std::remove_pointer_t<decltype(type)>;
         RefreshGatesBackward<A> args{a.args<A>(joint, activation, of_context),

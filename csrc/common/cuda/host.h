@@ -17,9 +17,7 @@ void on_cuda_dtype(const Tensor& x, const Body& body) {
 }
 
 // A map like this one, or the empty tensor that stands for one that is not needed.
-inline Tensor map_or_empty(bool need, const Tensor& like) {
-    return need ? torch::stable::empty_like(like) : new_tensor(like, {0});
-}
+inline Tensor map_or_empty(bool need, const Tensor& like) { return need ? new_like(like) : new_tensor(like, {0}); }
 
 template <class T>
 Map<T> map_if(const Tensor& x) {
