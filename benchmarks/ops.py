@@ -123,7 +123,7 @@ def refresh_gates(maps, vectors, b, c, backend, training):
 def layer_attention(maps, vectors, b, c, backend, training, layers=T):
     batch_norm, prior = _norm(vectors, c, training), []
 
-    def attend(x, features, gates, query_weight, value_weight, weight, bias, *key_weights):
+    def attend(x, features, gates, query_weight, key_weights, value_weight, weight, bias):
         return dla_kernels.layer_attention(
             x, features, gates, query_weight, key_weights, value_weight, prior, batch_norm(weight, bias), None,
             HEAD_DIM, backend=backend,
@@ -134,12 +134,12 @@ def layer_attention(maps, vectors, b, c, backend, training, layers=T):
         return out, layer.pooled
 
     features, gates = vectors(b, layers, c), vectors(b, layers, c)
-    filters = vectors(1, 1, 5), vectors(c, 1, 3, 3), vectors(c), vectors(c)
-    key_weights = [vectors(1, 1, 5) for _ in range(layers)]
+    query_weight, key_weights = vectors(1, 1, 5), vectors(layers, 1, 5)
+    others = vectors(c, 1, 3, 3), vectors(c), vectors(c)
     with torch.no_grad():
         for t in range(1, layers):
-            prior.append(attend(maps(), features[:, :t], gates[:, :t], *filters, *key_weights[:t])[1])
-    return call, [maps(), features, gates, *filters, *key_weights]
+            prior.append(attend(maps(), features[:, :t], gates[:, :t], query_weight, key_weights[:t], *others)[1])
+    return call, [maps(), features, gates, query_weight, key_weights, *others]
 
 
 def light_update(maps, vectors, b, c, backend, training, filtered=False):

@@ -1,6 +1,5 @@
 """Layer attention of one block: its parameters, and the step from the block's map to its output."""
 
-from collections.abc import Sequence
 from math import log2
 
 import torch
@@ -87,7 +86,7 @@ class BaseLayerAttention(_LayerAttention):
         x: Tensor,
         features: Tensor,
         gates: Tensor,
-        key_weights: Sequence[Tensor],
+        key_weights: Tensor,
         prior: list[Layer],
         followers: int = 0,
     ) -> tuple[Tensor, Layer]:
@@ -105,7 +104,7 @@ class BaseLayerAttention(_LayerAttention):
             self.keep(x), self.head_dim, followers,
         )  # fmt: skip
 
-    def weights(self, features: Tensor, gates: Tensor, key_weights: Sequence[Tensor]) -> Tensor:
+    def weights(self, features: Tensor, gates: Tensor, key_weights: Tensor) -> Tensor:
         """The attention over the T layers, [B, T, heads], of the same arguments."""
         return attention_weights(
             *queries_and_keys(features, gates, self.query.weight, key_weights), self.head_dim

@@ -186,7 +186,7 @@ class FusedBaseBlock(FusedBlock, FusedBaseAttention):
             layers = [] if self.mrla.init_cell else layers
             features = torch.cat([keys, y[:, None]], dim=1) if layers else y[:, None]
             x, layer = BaseLayerAttention.forward(
-                self, x, features, torch.ones_like(features), [self.key.weight], layers, self._fusion.followers
+                self, x, features, torch.ones_like(features), self.key.weight, layers, self._fusion.followers
             )
             key = layer.key[:, None]
             return x, torch.cat([keys, key], dim=1) if layers else key, [*layers, layer]

@@ -107,7 +107,7 @@ class BaseStage(_AttentionStage):
         key_value = self.config.cache == "key_value"
         # [B, T, C] each: one set of features and gates for a layer, or one for its key and one for its value.
         features, gates = ([None] * (2 if key_value else 1) for _ in range(2))
-        key_weights = [attention.key.weight for attention in self.attention]
+        key_weights = None if key_value else torch.cat([attention.key.weight for attention in self.attention])
         for block, attention in zip(self.blocks, self.attention, strict=True):
             x, y, _ = self.output_of(block, x)
             if self.cell is not None:
@@ -121,7 +121,7 @@ class BaseStage(_AttentionStage):
                 x, layer = attention(x, features[0], gates[0], key_weights[: own + 1], layers, followers)
             else:
                 keys = None if features[0] is None else features[0] * gates[0][:, :-1]
-                x, layer = attention(x, _append(keys, y), gates[1], key_weights[own : own + 1], layers, followers)
+                x, layer = attention(x, _append(keys, y), gates[1], attention.key.weight, layers, followers)
                 features = [_append(features[0], layer.key), _append(features[1], layer.pooled)]
             layers.append(layer)
         return x

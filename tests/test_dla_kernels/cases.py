@@ -104,10 +104,10 @@ def stage(
     layers, outputs = [], []
     for t, (x, query_weight, value_weight) in enumerate(zip(maps, query_weights, value_weights, strict=True)):
         now, followers = slice(0, t + 1), len(maps) - t - 1
-        rows, filters = features[:, now], key_weights[now]
+        rows, filters = features[:, now], torch.cat(key_weights[now])
         if keys:
             refreshed = [layer.key * gates[:, m] for m, layer in enumerate(layers)]
-            rows, filters = torch.stack([*refreshed, features[:, t]], dim=1), key_weights[t : t + 1]
+            rows, filters = torch.stack([*refreshed, features[:, t]], dim=1), key_weights[t]
         out, layer = dla_kernels.layer_attention(
             x, rows, gates[:, now], query_weight, filters, value_weight, layers, norm, keep, head_dim, followers,
             backend,

@@ -23,7 +23,7 @@ GOOD = {
     "gap_dsu": {"x": MAP, "h": STATE, "c": STATE, "weights": WEIGHTS},
     "refresh_gates": {"features": LAYERS, "gates": LAYERS, "h": STATE, "c": STATE, "weights": WEIGHTS},
     "layer_attention": {
-        "x": MAP, "features": LAYERS, "gates": LAYERS, "query_weight": FILTER, "key_weights": [FILTER] * T,
+        "x": MAP, "features": LAYERS, "gates": LAYERS, "query_weight": FILTER, "key_weights": torch.cat([FILTER] * T),
         "value_weight": STENCIL, "norm": NORM, "prior": [Layer(MAP, STATE, STATE)] * (T - 1),
     },
     "light_update": {
@@ -63,8 +63,8 @@ BAD = [
     ("layer_attention", {"value_weight": FILTER}, r"`value_weight` must have shape \(C=32, 1, 3, 3\), got"),
     ("layer_attention", {"prior": [Layer(MAP.half(), STATE, STATE)] * 2}, r"`prior\[0\]` must have the dtype of `x`,"),
     ("layer_attention", {"prior": [Layer(MAP[..., :3], STATE, STATE)] * 2}, r"`prior\[0\]` must have shape .*W=4"),
-    ("layer_attention", {"key_weights": [FILTER] * 2}, r"`key_weights` must hold .* the 3 layers or one, got 2"),
-    ("layer_attention", {"key_weights": [FILTER[..., :1]]}, r"`key_weights\[0\]` must have shape \(1, 1, K=3\), got"),
+    ("layer_attention", {"key_weights": torch.cat([FILTER] * 2)}, r"`key_weights` must hold .* 3 layers or one, got 2"),
+    ("layer_attention", {"key_weights": FILTER[..., :1]}, r"`key_weights` must have shape \(filters, 1, K=3\), got"),
     ("layer_attention", {"query_weight": FILTER[..., :2]}, r"`query_weight` must have an odd length, got 2"),
     ("layer_attention", {"followers": -1}, r"`followers` must be at least 0, got -1"),
     ("layer_attention", {"head_dim": 24}, r"`head_dim` must divide the 32 channels, got 24"),

@@ -24,8 +24,8 @@ def attend(arguments, t, prior, **options):
     maps, features, gates, query_weights, key_weights, value_weights, norm = arguments
     now = slice(0, t + 1)
     return layer_attention(
-        maps[t], features[:, now], gates[:, now], query_weights[t], key_weights[now], value_weights[t], prior, norm,
-        **options,
+        maps[t], features[:, now], gates[:, now], query_weights[t], torch.cat(key_weights[now]), value_weights[t],
+        prior, norm, **options,
     )  # fmt: skip
 
 

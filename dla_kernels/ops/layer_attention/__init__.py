@@ -19,7 +19,7 @@ def layer_attention(
     features: Tensor,  # [B, T, C]
     gates: Tensor,  # [B, T, C]
     query_weight: Tensor,  # [1, 1, K]
-    key_weights: Sequence[Tensor],  # T, or one, of [1, 1, K]
+    key_weights: Tensor,  # [T, 1, K] or [1, 1, K]
     value_weight: Tensor,  # [C, 1, 3, 3]
     prior: Sequence[Layer],
     norm: BatchNorm,
@@ -49,8 +49,8 @@ def layer_attention(
         features: [B, T, C] the pooled maps of the T layers, its own the last, in the state's dtype.
         gates: [B, T, C] cumulative gates of the T layers, 1 for its own.
         query_weight: [1, 1, K] the query's filter along the channels, K odd, zero-padded at both ends.
-        key_weights: [1, 1, K] the keys' filters of the T layers. Or its own alone: the ``features`` of the layers
-            before are their refreshed keys then, which no gate touches.
+        key_weights: [T, 1, K] the keys' filters of the T layers. Or its own alone, [1, 1, K]: the ``features`` of the
+            layers before are their refreshed keys then, which no gate touches.
         value_weight: [C, 1, 3, 3] filter of its value map.
         prior: what this op returned for the T - 1 layers before, in order.
         norm: the BatchNorm of ``o``; its running statistics are updated in training.
@@ -79,10 +79,9 @@ def layer_attention(
     check.state("gates", gates, ("B", "T", "C"))
     check.weight("query_weight", query_weight, (1, 1, "K"))
     check.odd("query_weight", "K")
+    check.weight("key_weights", key_weights, ("filters", 1, "K"))
     if len(key_weights) not in (1, layers):
         check.fail(f"`key_weights` must hold a filter for each of the {layers} layers or one, got {len(key_weights)}")
-    for m, weight in enumerate(key_weights):
-        check.weight(f"key_weights[{m}]", weight, (1, 1, "K"))
     check.batch_norm(norm, count_of(x))
     check.heads(head_dim)
     if keep is not None:
@@ -91,10 +90,8 @@ def layer_attention(
         check.fail(f"`followers` must be at least 0, got {followers}")
     chosen = choose(x.device, backend, "layer_attention")
     dtype = accumulate_dtype(x)
-    norm, query_weight, value_weight = norm.to(dtype), query_weight.to(dtype), value_weight.to(dtype)
-    # One for each layer: `to` takes ten times as long as seeing that there is nothing to do.
-    key_weights = [w if w.dtype == dtype else w.to(dtype) for w in key_weights]
-    attention = x, features, gates, query_weight, key_weights, value_weight
+    norm, *filters = norm.to(dtype), *(w.to(dtype) for w in (query_weight, key_weights, value_weight))
+    attention = x, features, gates, *filters
     if chosen == "reference":
         out, value, pooled, key, mean, var, share = reference.layer_attention(
             *attention, [layer.value for layer in prior], norm, keep, head_dim

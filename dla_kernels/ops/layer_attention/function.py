@@ -96,11 +96,11 @@ BACKENDS = {
 
 
 def folded(
-    x: Tensor, features: Tensor, gates: Tensor, query_weight: Tensor, key_weights: Sequence[Tensor],
-    value_weight: Tensor, prior: Sequence[Layer], norm: BatchNorm, head_dim: int, backend: str,
+    x: Tensor, features: Tensor, gates: Tensor, query_weight: Tensor, key_weights: Tensor, value_weight: Tensor,
+    prior: Sequence[Layer], norm: BatchNorm, head_dim: int, backend: str,
 ) -> tuple[Tensor, Layer]:  # fmt: skip
     """The op without gradients and with constant statistics."""
-    q, k = BACKENDS[backend].project(features, gates, query_weight, torch.cat(list(key_weights)))
+    q, k = BACKENDS[backend].project(features, gates, query_weight, key_weights)
     out, value, pooled = BACKENDS[backend].folded(
         q, k, x, value_weight, [layer.value for layer in prior], gates, *norm.constants, norm.weight, norm.bias,
         norm.eps, head_dim,
@@ -109,16 +109,15 @@ def folded(
 
 
 def attend(
-    x: Tensor, features: Tensor, gates: Tensor, query_weight: Tensor, key_weights: Sequence[Tensor],
-    value_weight: Tensor, prior: Sequence[Layer], norm: BatchNorm, keep: Tensor | None, head_dim: int, followers: int,
-    backend: str,
+    x: Tensor, features: Tensor, gates: Tensor, query_weight: Tensor, key_weights: Tensor, value_weight: Tensor,
+    prior: Sequence[Layer], norm: BatchNorm, keep: Tensor | None, head_dim: int, followers: int, backend: str,
 ) -> tuple[Tensor, Layer, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """The op under autograd: its output, its layer, and what is said of the statistics."""
     handles = [layer.handles[len(prior) - m - 1] for m, layer in enumerate(prior) if layer.handles]  # else no gradient
     out, value, pooled, key, *edges, _, _, _, mean, var, share = LayerAttention.call(
-        x, features, gates, query_weight, value_weight, norm.weight, norm.bias, keep, *norm.constants, norm.eps,
-        head_dim, norm.group, followers, backend, len(prior), len(key_weights), *key_weights,
-        *(layer.value for layer in prior), *(t for handle in handles for t in handle),
+        x, features, gates, query_weight, key_weights, value_weight, norm.weight, norm.bias, keep, *norm.constants,
+        norm.eps, head_dim, norm.group, followers, backend, len(prior), *(layer.value for layer in prior),
+        *(t for handle in handles for t in handle),
     )  # fmt: skip
     made = tuple(Handle(*edges[i : i + 2]) for i in range(0, len(edges), 2))
     return out, Layer(value, pooled, key, made), mean, var, share
@@ -133,14 +132,12 @@ class LayerAttention(Function):
 
     @staticmethod
     def forward(
-        x, features, gates, query_weight, value_weight, weight, bias, keep, mean, var, eps, head_dim, group, followers,
-        backend, prior, filters, *rest,
+        x, features, gates, query_weight, key_weights, value_weight, weight, bias, keep, mean, var, eps, head_dim,
+        group, followers, backend, prior, *rest,
     ):  # fmt: skip
         ops, norm_ops, share = BACKENDS[backend], norm_residual.BACKENDS[backend], None
-        q, k = ops.project(features, gates, query_weight, torch.cat(rest[:filters]))
-        o, o_mean, o_var, value, pooled = ops.forward(
-            q, k, x, value_weight, rest[filters : filters + prior], gates, head_dim
-        )  # fmt: skip
+        q, k = ops.project(features, gates, query_weight, key_weights)
+        o, o_mean, o_var, value, pooled = ops.forward(q, k, x, value_weight, rest[:prior], gates, head_dim)
         if mean is None:
             mean, var, share = norm_residual.batch_statistics(o_mean, o_var, group, norm_residual.count_of(x))
         out, _, mean, var = norm_ops.forward(x, o, mean, var, weight, bias, keep, eps, RELU)
@@ -154,18 +151,14 @@ class LayerAttention(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        (
-            _x, _features, _gates, _query_weight, _value_weight, weight, bias, keep, constant, _, ctx.eps,
-            ctx.head_dim, ctx.group, _, ctx.backend, ctx.prior, ctx.filters, *rest,
-        ) = inputs  # fmt: skip
+        given, rest = inputs[:17], inputs[17:]
+        *attention, weight, bias, keep, constant, _, ctx.eps, ctx.head_dim, ctx.group, _, ctx.backend, prior = given
         _, value, _, _, *_, q, k, o, mean, var, share = output
         ctx.mark_non_differentiable(*(t for t in (q, k, mean, var, share, o) if t is not None))
         ctx.set_materialize_grads(False)
         ctx.own_statistics = constant is None
-        ctx.handles = (len(rest) - ctx.prior - ctx.filters) // 2
-        ctx.save_for_backward(
-            *inputs[:5], o, mean, var, share, weight, bias, keep, q, k, *rest[: ctx.filters + ctx.prior], value
-        )
+        ctx.prior, ctx.handles = prior, (len(rest) - prior) // 2
+        ctx.save_for_backward(*attention, o, mean, var, share, weight, bias, keep, q, k, *rest[:prior], value)
 
     @staticmethod
     def backward(
@@ -174,17 +167,14 @@ class LayerAttention(Function):
     ):  # fmt: skip
         edges = edges[: 2 * (len(edges) // 2 - 3)]  # the other six are detached
         saved = ctx.saved_tensors  # once: checkpointing computes it anew at every look
-        (
-            x, features, gates, query_weight, value_weight, o, mean, var, share, weight, bias, keep, q, k, *rest,
-        ) = saved  # fmt: skip
-        key_weights, values = rest[: ctx.filters], rest[ctx.filters :]
+        (x, *attention, value_weight, o, mean, var, share, weight, bias, keep, q, k), values = saved[:15], saved[15:]
+        _, gates, *_ = attention
         if grad_out is None:
             grad_out = torch.zeros_like(o)
         later_grads = [g for g in edges[::2] if g is not None]
         later_weights = [w for w in edges[1::2] if w is not None]
         needs = ctx.needs_input_grad
-        need_x, need_value, need_keep = needs[0], needs[0] or needs[4], needs[7]
-        need_keys = needs[17 : 17 + ctx.filters]
+        need_x, need_value, need_keep = needs[0], needs[0] or needs[5], needs[8]
         shared, ops = (mean, var, weight, bias), BACKENDS[ctx.backend]
         grad_weight, grad_bias, grad_keep = norm_residual.BACKENDS[ctx.backend].sums(
             grad_out, None, o, None, *shared, keep, ctx.eps, RELU, need_keep
@@ -194,33 +184,25 @@ class LayerAttention(Function):
             grad_out, o, *shared, *sums, keep, ctx.eps, norm_residual.count_of(o), q, k, values, gates, later_grads,
             later_weights, ctx.head_dim, need_value,
         )  # fmt: skip
-        grad_features = grad_query_weight = None
-        grad_key_weights = (None,) * ctx.filters
-        if needs[1] or needs[2] or needs[3] or any(need_keys):
+        of_attention = (None,) * 4
+        if any(needs[1:5]):
             if grad_key is not None:
                 grad_k[:, -1] += grad_key
-            grad_features, grad_gates, grad_query_weight, of_filters = ops.project_backward(
-                grad_q, grad_k, grad_gates, features, gates, query_weight, torch.cat(key_weights)
-            )
-            grad_key_weights = of_filters.split(1)
+            of_attention = ops.project_backward(grad_q, grad_k, grad_gates, *attention)
         grad_x = grad_value_weight = None
         if need_value:
             grad_value = grad_value if grad_read is None else grad_value + grad_read
             grad_x, grad_value_weight = light_update.value_map_backward(
                 ctx.backend, grad_out, grad_value, grad_pooled, x, value_weight, need_x
             )
-        found = (
-            grad_x, grad_features, grad_gates, grad_query_weight, grad_value_weight, grad_weight, grad_bias, grad_keep,
-            *grad_key_weights,
-        )  # fmt: skip
-        needed = zip(found, (*needs[:8], *need_keys), strict=True)
-        grads = tuple(grad if need else None for grad, need in needed)
+        found = grad_x, *of_attention, grad_value_weight, grad_weight, grad_bias, grad_keep
+        grads = tuple(grad if need else None for grad, need in zip(found, needs[:9], strict=True))
         factors = (grad_o, weights) * ctx.handles
         grads = double_backward.once(
             "layer_attention", (*grads, *factors), (grad_out, grad_read, grad_pooled, grad_key, *edges, *saved)
         )
         return (
-            *grads[:8],
+            *grads[:9],
             None,  # mean
             None,  # var
             None,  # eps
@@ -229,8 +211,6 @@ class LayerAttention(Function):
             None,  # followers
             None,  # backend
             None,  # prior
-            None,  # filters
-            *grads[8 : 8 + ctx.filters],
             *(None for _ in range(ctx.prior)),  # the prior value maps: by their handles
-            *grads[8 + ctx.filters :],
+            *grads[9:],
         )

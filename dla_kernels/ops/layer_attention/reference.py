@@ -22,12 +22,11 @@ def queries_and_keys(
     features: Tensor,  # [B, T, C]
     gates: Tensor,  # [B, T, C]
     query_weight: Tensor,  # [1, 1, K]
-    key_weights: Sequence[Tensor],  # [1, 1, K] each
+    key_weights: Tensor,  # [T, 1, K] or [1, 1, K]
 ) -> tuple[Tensor, Tensor]:
     """Q of the last layer [B, C] and the K of all [B, T, C]; with one key filter those before are K already."""
-    weight = torch.cat(list(key_weights))
-    given = features.shape[1] - len(weight)
-    keys = channel_conv(features[:, given:] * gates[:, given:], weight)
+    given = features.shape[1] - len(key_weights)
+    keys = channel_conv(features[:, given:] * gates[:, given:], key_weights)
     return channel_conv(features[:, -1:], query_weight)[:, 0], torch.cat([features[:, :given], keys], dim=1)
 
 
@@ -47,7 +46,7 @@ def layer_attention(
     features: Tensor,  # [B, T, C]
     gates: Tensor,  # [B, T, C]
     query_weight: Tensor,  # [1, 1, K]
-    key_weights: Sequence[Tensor],  # [1, 1, K] each
+    key_weights: Tensor,  # [T, 1, K] or [1, 1, K]
     value_weight: Tensor,  # [C, 1, 3, 3]
     prior: Sequence[Tensor],  # T - 1 of [B, C, H, W]
     norm: BatchNorm,
