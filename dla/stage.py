@@ -103,18 +103,20 @@ class BaseStage(_AttentionStage):
     """
 
     def run(self, x: Tensor) -> Tensor:
-        state, layers = None, []
+        state, own_gate, layers, cell = None, None, [], self.cell
         key_value = self.config.cache == "key_value"
         # [B, T, C] each: one set of features and gates for a layer, or one for its key and one for its value.
         features, gates = ([None] * (2 if key_value else 1) for _ in range(2))
         key_weights = None if key_value else torch.cat([attention.key.weight for attention in self.attention])
         for block, attention in zip(self.blocks, self.attention, strict=True):
             x, y, _ = self.output_of(block, x)
-            if self.cell is not None:
-                state = self.cell(y, state or self.cell.initial_state(y))
+            if cell is not None:
+                state = cell(y, state or cell.initial_state(y))
                 if layers:
-                    gates = self.refresh(_joined(features), _joined(gates), state).chunk(len(features), dim=1)
-            gates = [_append(g, torch.ones_like(y)) for g in gates]
+                    refreshed = self.refresh(_joined(features), _joined(gates), state)
+                    gates = refreshed.chunk(2, dim=1) if key_value else [refreshed]
+            own_gate = torch.ones_like(y) if own_gate is None else own_gate
+            gates = [_append(g, own_gate) for g in gates]
             own, followers = len(layers), len(self.blocks) - len(layers) - 1
             if not key_value:
                 features[0] = _append(features[0], y)

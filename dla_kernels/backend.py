@@ -53,7 +53,7 @@ def can_run(backend: str, device: torch.device, raise_error: bool = False) -> bo
 
 def preference(device: torch.device, op: str | None = None) -> tuple[str, ...]:
     """The backends of an op on ``device``, the one that "auto" prefers first."""
-    if device.type != "cuda" or not measured.FASTEST:
+    if not measured.FASTEST or device.type != "cuda":
         return BACKENDS
     major, minor = torch.cuda.get_device_capability(device)
     first = measured.FASTEST.get(f"{major}.{minor}", {}).get(op, BACKENDS[0])
@@ -81,7 +81,8 @@ def _asked(backend: str | None) -> str:
         return _check(backend, "`backend`")
     if _in_context:
         return _in_context[-1]
-    return _check(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)
+    asked = os.environ.get(ENVIRONMENT)
+    return _check(asked, ENVIRONMENT) if asked else "auto"
 
 
 def _check(backend: str, source: str) -> str:

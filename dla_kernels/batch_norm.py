@@ -38,11 +38,11 @@ class BatchNorm(NamedTuple):
         if isinstance(module, nn.SyncBatchNorm) and module.training and dist.is_initialized():
             group = module.process_group or dist.group.WORLD
             group = group if dist.get_world_size(group) > 1 else None
-        running_mean = module.running_mean
-        return cls(
-            module.weight, module.bias, running_mean, module.running_var, module.num_batches_tracked,
-            module.training or running_mean is None, module.momentum, module.eps, group,
-        )  # fmt: skip
+        # An attribute of a module is found after three searches, which for all five takes as long as an op's checks.
+        held = {**module._parameters, **module._buffers}
+        tensors = [held[name] if name in held else getattr(module, name) for name in cls._fields[:5]]
+        training = module.training or tensors[2] is None
+        return cls(*tensors, training, module.momentum, module.eps, group)
 
     def to(self, dtype: torch.dtype) -> "BatchNorm":
         """With weight, bias and constant statistics in ``dtype``; running ones that training writes keep their own."""

@@ -48,6 +48,13 @@ class Checker:
             self.fail(f"`{name}` must have the dtype of `{first_name}`, {first.dtype}, got {x.dtype}")
         self._passes("map", x, layout)
 
+    def maps(self, name: str, xs: Sequence[Tensor]) -> None:
+        """Further maps, each like the first one in all."""
+        passed = self.passed["map", ("B", "C", "H", "W")]
+        for i, x in enumerate(xs):
+            if not isinstance(x, Tensor) or passed != (x.shape, x.dtype, x.device):
+                self.map(f"{name}[{i}]", x)
+
     def state(self, name: str, x: Tensor, layout: Layout) -> None:
         """Recurrent state: float32, or float64 beside float64 maps."""
         if self._as_before("state", x, layout):

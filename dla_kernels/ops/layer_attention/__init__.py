@@ -73,7 +73,8 @@ def layer_attention(
     for m, layer in enumerate(prior):
         if not isinstance(layer, Layer):
             check.fail(f"`prior[{m}]` must be a layer as layer_attention returns it, got {type(layer).__name__}")
-        check.map(f"prior[{m}]", layer.value)
+    values = [layer.value for layer in prior]
+    check.maps("prior", values)
     check.dims["T"] = layers = len(prior) + 1
     check.state("features", features, ("B", "T", "C"))
     check.state("gates", gates, ("B", "T", "C"))
@@ -93,12 +94,10 @@ def layer_attention(
     norm, *filters = norm.to(dtype), *(w.to(dtype) for w in (query_weight, key_weights, value_weight))
     attention = x, features, gates, *filters
     if chosen == "reference":
-        out, value, pooled, key, mean, var, share = reference.layer_attention(
-            *attention, [layer.value for layer in prior], norm, keep, head_dim
-        )
+        out, value, pooled, key, mean, var, share = reference.layer_attention(*attention, values, norm, keep, head_dim)
         layer = Layer(value, pooled, key)
     elif not (norm.training or torch.is_grad_enabled()) and keep is None:
-        return folded(*attention, prior, norm, head_dim, chosen)
+        return folded(*attention, values, norm, head_dim, chosen)
     else:
         recording = torch.is_grad_enabled()
         for m, earlier in enumerate(prior):

@@ -97,13 +97,12 @@ BACKENDS = {
 
 def folded(
     x: Tensor, features: Tensor, gates: Tensor, query_weight: Tensor, key_weights: Tensor, value_weight: Tensor,
-    prior: Sequence[Layer], norm: BatchNorm, head_dim: int, backend: str,
+    prior: Sequence[Tensor], norm: BatchNorm, head_dim: int, backend: str,
 ) -> tuple[Tensor, Layer]:  # fmt: skip
     """The op without gradients and with constant statistics."""
     q, k = BACKENDS[backend].project(features, gates, query_weight, key_weights)
     out, value, pooled = BACKENDS[backend].folded(
-        q, k, x, value_weight, [layer.value for layer in prior], gates, *norm.constants, norm.weight, norm.bias,
-        norm.eps, head_dim,
+        q, k, x, value_weight, prior, gates, *norm.constants, norm.weight, norm.bias, norm.eps, head_dim
     )  # fmt: skip
     return out, Layer(value, pooled, k[:, -1])
 
