@@ -167,11 +167,11 @@ def norm_residual(maps, vectors, b, c, backend, training):
 
 def of_layers(layers: int) -> Op:
     """layer_attention over so many layers: V from x, o from it and the prior V's, out from x and o; backward its sums,
-    then the gradients of o, of V and of x."""
+    then the gradients of o and of x."""
     return Op(
         functools.partial(layer_attention, layers=layers),
         Pass(layers + 2, 3, 2 * layers + 24),
-        Pass(layers + 7, 3, 4 * layers + 46),
+        Pass(layers + 5, 2, 4 * layers + 46),
         Pass(layers, 2, 2 * layers + 20),
     )
 

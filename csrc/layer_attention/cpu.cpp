@@ -48,8 +48,16 @@ struct LayerAttentionBackward {
     const Acc<T>* weights;                              // [B, layers, C], attention times gate
     const Map<const T>* later_grads;                    // [later], the gradients of later layers' o
     const Acc<T>* later_weights;                        // [B, later, C], theirs for this layer's value map
-    Map<T> grad_o, grad_value;                          // the latter may be null
+    Map<T> grad_o;
     Acc<T>* products;  // [B, layers, C], sum over H, W of o's gradient times the values
+    // The value map made here goes on to x; null where no gradient of either is needed.
+    Map<const T> x;
+    const Acc<T>* value_weight;  // [C, 9]
+    Map<const T> grad_read;      // the gradient that reaches the value map elsewhere, or null
+    const Acc<T>* grad_pooled;   // [B, C], that of its mean, or null
+    Map<T> grad_value;           // room for its whole gradient, in channels_last
+    Map<T> grad_x;               // may be null
+    Acc<T>* value_products;      // [B, 18, C], see LightUpdateBackward: of x alone
 };
 
 }  // namespace dla
@@ -139,8 +147,7 @@ std::tuple<Tensor, Tensor> layer_attention_project(const Tensor& features_, cons
                                                    const Tensor& query_weight_, const Tensor& key_weights_) {
     const Tensor features = dense(features_), gates = dense(gates_);
     const Tensor query_weight = dense(query_weight_), key_weights = dense(key_weights_);
-    const Tensor q = new_tensor(features, {features.size(0), features.size(2)}),
-                 k = new_like(features);
+    const Tensor q = new_tensor(features, {features.size(0), features.size(2)}), k = new_like(features);
     on_dtype(features, [&](auto* type) {
         using A = Acc<std::remove_pointer_t<decltype(type)>>;
         DLA_ON_ISA(project<A>(filters_of<A>(features, gates, query_weight, key_weights), mutable_data_of<A>(q),
@@ -213,27 +220,34 @@ std::tuple<Tensor, Tensor, Tensor> layer_attention_folded(const Tensor& q, const
     return {out, in.value, in.pooled};
 }
 
-// The backward of the whole block, out = x + keep * ReLU(BatchNorm(o)): gradients of q, k and gates; that of o and the
-// weights of the layers, which are an earlier layer's part of its value map's gradient; and, where it is needed, that
-// of the layer's own value map, the last one, over this layer and all later ones.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_attention_backward(
-    const Tensor& grad_out_, const Tensor& o_, const Tensor& mean_, const Tensor& var_, const Tensor& weight_,
-    const Tensor& bias_, const std::optional<Tensor>& sum_weight_, const std::optional<Tensor>& sum_bias_,
-    const std::optional<Tensor>& keep_, double eps, int64_t count, const Tensor& q_, const Tensor& k_,
-    const std::vector<Tensor>& values_, const Tensor& gates_, const std::vector<Tensor>& later_grads_,
-    const std::vector<Tensor>& later_weights_, int64_t head_dim, bool need_value) {
+// The backward of the whole block, out = x + keep * ReLU(BatchNorm(o)), from the gradients of out, of the value map
+// where it is read elsewhere and of its mean: those of q, k, gates, x and value_weight, the last two over this layer
+// and all later ones, an empty tensor where they are not needed; and that of o and the weights of the layers, which are
+// an earlier layer's part of its value map's gradient.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_attention_backward(
+    const Tensor& grad_out_, const std::optional<Tensor>& grad_read_, const std::optional<Tensor>& grad_pooled_,
+    const Tensor& o_, const Tensor& mean_, const Tensor& var_, const Tensor& weight_, const Tensor& bias_,
+    const std::optional<Tensor>& sum_weight_, const std::optional<Tensor>& sum_bias_,
+    const std::optional<Tensor>& keep_, double eps, int64_t count, const Tensor& q_, const Tensor& k_, const Tensor& x_,
+    const Tensor& value_weight_, const std::vector<Tensor>& values_, const Tensor& gates_,
+    const std::vector<Tensor>& later_grads_, const std::vector<Tensor>& later_weights_, int64_t head_dim, bool need_x,
+    bool need_value) {
     const Tensor q = dense(q_), k = dense(k_), gates = dense(gates_), o = walkable(o_);
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
     const auto sum_weight = dense(sum_weight_), sum_bias = dense(sum_bias_), keep = dense(keep_);
     const bool channels_last = is_channels_last(o);
-    const Tensor grad_out = in_layout(grad_out_, channels_last);
+    const Tensor grad_out = in_layout(grad_out_, channels_last), x = in_layout(x_, channels_last);
+    const auto grad_read = in_layout(grad_read_, channels_last), grad_pooled = dense(grad_pooled_);
+    const Tensor value_weight = dense(value_weight_);
     const auto values = in_layout(values_, channels_last), later_grads = in_layout(later_grads_, channels_last);
     const Shape s = shape_of(o);
     const int64_t layers = k.size(1), later = static_cast<int64_t>(later_grads.size());
     const Tensor grad_q = new_like(q), grad_k = new_like(k);
     const Tensor grad_gates = new_like(gates), weights = new_like(gates);
-    const Tensor grad_o = new_like(o);
-    const Tensor grad_value = need_value ? new_like(o) : new_tensor(o, {0});
+    const auto map_if_needed = [&](bool need) { return need ? new_like(o) : new_tensor(o, {0}); };
+    const Tensor grad_o = new_like(o), grad_x = map_if_needed(need_x);
+    const Tensor grad_value = map_if_needed(need_value && channels_last);
+    const Tensor grad_value_weight = need_value ? new_like(value_weight) : new_tensor(value_weight, {0});
     on_dtype(o, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
@@ -250,7 +264,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_attention_backw
         }
         const NormGradient<A> norm(s.C, data_of<A>(mean), data_of<A>(var), data_of<A>(weight), data_of<A>(sum_weight),
                                    data_of<A>(sum_bias), eps, count);
-        const Scratch<A> products(k.numel());
+        const Scratch<A> products(k.numel()), value_products(need_value ? kProducts * s.B * s.C : 0);
         const auto maps = maps_of<const T>(values), later_maps = maps_of<const T>(later_grads);
         const LayerAttentionBackward<T> args{s,
                                              layers,
@@ -268,8 +282,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_attention_backw
                                              later_maps.data(),
                                              of_later.get(),
                                              map_of<T>(grad_o),
-                                             need_value ? map_of<T>(grad_value) : Map<T>{},
-                                             products.get()};
+                                             products.get(),
+                                             need_value ? map_of<const T>(x) : Map<const T>{},
+                                             data_of<A>(value_weight),
+                                             grad_read ? map_of<const T>(*grad_read) : Map<const T>{},
+                                             data_of<A>(grad_pooled),
+                                             need_value && channels_last ? map_of<T>(grad_value) : Map<T>{},
+                                             need_x ? map_of<T>(grad_x) : Map<T>{},
+                                             value_products.get()};
         if (channels_last) {
             DLA_ON_ISA(backward_rows<T>(args));
         } else {
@@ -277,8 +297,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_attention_backw
         }
         DLA_ON_ISA(attend_backward<A>(own, products.get(), mutable_data_of<A>(grad_q), mutable_data_of<A>(grad_k),
                                       mutable_data_of<A>(grad_gates)));
+        if (!need_value) return;
+        const Scratch<A> ones(s.B * s.C, A(1)), unused(s.B * s.C);
+        DLA_ON_ISA(filter_gradients<A>({ones.get(), data_of<A>(value_weight)}, s, value_products.get(),
+                                       {unused.get(), mutable_data_of<A>(grad_value_weight)}));
     });
-    return {grad_q, grad_k, grad_gates, grad_o, weights, grad_value};
+    return {grad_q, grad_k, grad_gates, grad_x, grad_value_weight, grad_o, weights};
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dla_kernels, m) {
@@ -295,10 +319,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dla_kernels, m) {
         "layer_attention_folded(Tensor q, Tensor k, Tensor x, Tensor value_weight, Tensor[] prior, Tensor gates, "
         "Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, int head_dim) -> (Tensor, Tensor, Tensor)");
     m.def(
-        "layer_attention_backward(Tensor grad_out, Tensor o, Tensor mean, Tensor var, Tensor weight, Tensor bias, "
-        "Tensor? sum_weight, Tensor? sum_bias, Tensor? keep, float eps, SymInt count, Tensor q, Tensor k, "
-        "Tensor[] values, Tensor gates, Tensor[] later_grads, Tensor[] later_weights, int head_dim, bool need_value) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+        "layer_attention_backward(Tensor grad_out, Tensor? grad_read, Tensor? grad_pooled, Tensor o, Tensor mean, "
+        "Tensor var, Tensor weight, Tensor bias, Tensor? sum_weight, Tensor? sum_bias, Tensor? keep, float eps, "
+        "SymInt count, Tensor q, Tensor k, Tensor x, Tensor value_weight, Tensor[] values, Tensor gates, "
+        "Tensor[] later_grads, Tensor[] later_weights, int head_dim, bool need_x, bool need_value) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dla_kernels, CPU, m) {

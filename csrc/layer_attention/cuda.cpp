@@ -98,8 +98,7 @@ std::tuple<Tensor, Tensor> cuda_layer_attention_project(const Tensor& features_,
     const OnDevice on(features_);
     const Tensor features = dense(features_), gates = dense(gates_);
     const Tensor query_weight = dense(query_weight_), key_weights = dense(key_weights_);
-    const Tensor q = new_tensor(features, {features.size(0), features.size(2)}),
-                 k = new_like(features);
+    const Tensor q = new_tensor(features, {features.size(0), features.size(2)}), k = new_like(features);
     on_cuda_dtype(features, [&](auto* type) {
         using A = Acc<std::remove_pointer_t<decltype(type)>>;
         layer_attention::launch(filters_of<A>(features, gates, query_weight, key_weights), mutable_data_of<A>(q),
@@ -180,14 +179,16 @@ std::tuple<Tensor, Tensor, Tensor> cuda_layer_attention_folded(const Tensor& q, 
     return {out, value, pooled};
 }
 
-// Gradients of q, k and gates, o's gradient, the weights [B, T, C], and the gradient of the last value map, of this
-// layer and of the later ones that `later_grads` and `later_weights` tell of.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cuda_layer_attention_backward(
-    const Tensor& grad_out_, const Tensor& o, const Tensor& mean_, const Tensor& var_, const Tensor& weight_,
-    const Tensor& bias_, const std::optional<Tensor>& sum_weight_, const std::optional<Tensor>& sum_bias_,
-    const std::optional<Tensor>& keep_, double eps, int64_t count, const Tensor& q, const Tensor& k,
-    const std::vector<Tensor>& values, const Tensor& gates, const std::vector<Tensor>& later_grads,
-    const std::vector<Tensor>& later_weights_, int64_t head_dim, bool need_value) {
+// Gradients of q, k and gates; those of x and value_weight, through the value map of this layer and the later ones that
+// `later_grads` and `later_weights` tell of, empty where they are not needed; o's gradient and the weights [B, T, C].
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cuda_layer_attention_backward(
+    const Tensor& grad_out_, const std::optional<Tensor>& grad_read, const std::optional<Tensor>& grad_pooled,
+    const Tensor& o, const Tensor& mean_, const Tensor& var_, const Tensor& weight_, const Tensor& bias_,
+    const std::optional<Tensor>& sum_weight_, const std::optional<Tensor>& sum_bias_,
+    const std::optional<Tensor>& keep_, double eps, int64_t count, const Tensor& q, const Tensor& k, const Tensor& x,
+    const Tensor& value_weight, const std::vector<Tensor>& values, const Tensor& gates,
+    const std::vector<Tensor>& later_grads, const std::vector<Tensor>& later_weights_, int64_t head_dim, bool need_x,
+    bool need_value) {
     const OnDevice on(o);
     const Values in(q, k, values, gates, o);
     const Shape& s = in.shape;
@@ -244,7 +245,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cuda_layer_attention_
         }
         layer_attention::finish(args, plan, on.stream());
     });
-    return {grad_q, grad_k, grad_gates, grad_o, weights, grad_value};
+    if (!need_value) return {grad_q, grad_k, grad_gates, grad_value, new_tensor(value_weight, {0}), grad_o, weights};
+    const auto [grad_x, grad_value_weight] =
+        cuda_value_map_backward(grad_out, grad_value, grad_read, grad_pooled, x, value_weight, need_x);
+    return {grad_q, grad_k, grad_gates, grad_x, grad_value_weight, grad_o, weights};
 }
 
 DLA_CUDA_OPS(m) {

@@ -4,6 +4,7 @@
 #include "common/fold.h"
 #include "common/moments.h"
 #include "layer_attention/vectors.h"
+#include "light_update/filter_gradients.h"
 #include "light_update/planes.h"
 #include "light_update/rows.h"
 
@@ -241,15 +242,40 @@ struct NormVectors {
     }
 };
 
-template <class T>
-void backward_planes(const LayerAttentionBackward<T>& a) {
+// A plane of x's gradient and the products for value_weight's, from the layers' part of the value map's gradient,
+// grad [HW]. bordered [H + 2, W] takes all of it, its rows in whole vectors between two rows of zeros.
+template <class T, int N, class A = Acc<T>>
+void value_plane_backward(const LayerAttentionBackward<T>& a, int64_t b, int64_t c, const A* grad, A* bordered) {
+    const auto [B, C, H, W] = a.shape;
+    const int64_t pitch = round_up(W, N);
+    const A of_mean = a.grad_pooled ? a.grad_pooled[b * C + c] / A(H * W) : A(0);
+    const T* read = a.grad_read ? a.grad_read.at(b, c, 0) : nullptr;
+    for (int64_t i = 0; i < H; ++i) {
+        for (int64_t j = 0; j < W; j += N) {
+            const int64_t p = i * W + j, room = (H - i) * W - j;
+            Vec<A, N> g = load<A, N>(grad + p, W - j, room) + of_mean;
+            if (read) g += load<A, N>(read + p, W - j, room);
+            store<A, N>(bordered + (i + 1) * pitch + j, keep_lanes<A, N>(g, W - j));
+        }
+    }
+    const A* filter = a.value_weight + c * 9;
+    A products[kProducts];
+    backward_plane<T, N, Carry::none>(bordered + pitch, pitch, a.x.at(b, c, 0), static_cast<const T*>(nullptr),
+                                      a.grad_out.at(b, c, 0), A(0), a.grad_x ? a.grad_x.at(b, c, 0) : nullptr,
+                                      static_cast<T*>(nullptr), H, W, filter, filter, products);
+    for (int t = 0; t < kProducts; ++t) a.value_products[(b * kProducts + t) * C + c] = products[t];
+}
+
+template <class T, int kWidth>
+void backward_planes_of(const LayerAttentionBackward<T>& a) {
     using A = Acc<T>;
     constexpr int N = kLanes<A>;
     const int64_t HW = a.shape.HW(), C = a.shape.C, pitch = round_up(HW, N);
     const PlaneBlocks blocks(a.shape, pitch, 2 * sizeof(A));
-    parallel(a.shape.B * blocks.per_sample, (2 * a.layers + a.later) * blocks.planes * HW,
+    parallel(a.shape.B * blocks.per_sample, (2 * a.layers + a.later + 9) * blocks.planes * HW,
              [&](int64_t begin, int64_t end) {
                  const Scratch<A> grads(blocks.planes * pitch), value_grads(blocks.planes * pitch);
+                 const Scratch<A> bordered((a.shape.H + 2) * round_up(a.shape.W, kWidth), A(0));
                  blocks.each(begin, end, [&](int64_t b, int64_t first, int64_t last) {
                      const A keep = a.keep ? a.keep[b] : A(1);
                      const A* weights = a.weights + b * a.layers * C;
@@ -270,16 +296,20 @@ void backward_planes(const LayerAttentionBackward<T>& a) {
                      }
                      dot_planes<T>(grads.get(), pitch, {a.values, a.layers, weights, C, b}, first, last, HW,
                                    a.products + b * a.layers * C);
-                     if (!a.grad_value) return;
+                     if (!a.x) return;
                      add_planes<T>({a.later_grads, a.later, a.later_weights + b * a.later * C, C, b}, first, last, HW,
                                    value_grads.get(), pitch);
                      value_grad = value_grads.get();
                      for (int64_t c = first; c < last; ++c, value_grad += pitch) {
-                         T* to = a.grad_value.at(b, c, 0);
-                         for (int64_t p = 0; p < HW; p += N) store<A>(to + p, load<A>(value_grad + p), HW - p);
+                         value_plane_backward<T, kWidth>(a, b, c, value_grad, bordered.get());
                      }
                  });
              });
+}
+
+template <class T>
+void backward_planes(const LayerAttentionBackward<T>& a) {
+    on_width<Acc<T>>(a.shape.W, [&](auto lanes, auto) { backward_planes_of<T, lanes()>(a); });
 }
 
 template <class T>
@@ -324,7 +354,7 @@ void backward_rows(const LayerAttentionBackward<T>& a) {
                         }
                     }
                 }
-                if (!a.grad_value) continue;
+                if (!a.x) continue;
                 for (int64_t j = 0; j < s.W; ++j) {
                     add_pixel<T>(a.later_grads, a.later_weights + b * a.later * s.C, a.later, s.C, b, i * s.W + j,
                                  &value_grad[j * pitch]);
@@ -339,4 +369,25 @@ void backward_rows(const LayerAttentionBackward<T>& a) {
         }
     });
     add_runs(s, runs.count, vectors, partials.get(), a.products);
+    if (!a.x) return;
+    // From here on as light_update's without a carry: o's gradient is there, in o's place.
+    const int64_t size = s.B * s.C;
+    const Scratch<A> zeros(size, A(0)), ones(size, A(1)), of_mean(size, A(0));
+    for (int64_t i = 0; a.grad_pooled && i < size; ++i) of_mean[i] = a.grad_pooled[i] / A(s.HW());
+    LightUpdateBackward<T> of_value{};
+    of_value.attention = ones.get();
+    of_value.value_weight = a.value_weight;
+    of_value.shape = s;
+    of_value.grad_out = a.grad_out;
+    of_value.grad_o = a.grad_read;
+    of_value.o = {a.grad_value.data, a.grad_value.batch, a.grad_value.channel, a.grad_value.pixel};
+    of_value.factor = zeros.get();
+    of_value.offset = of_mean.get();
+    of_value.residual = zeros.get();
+    of_value.slope = ones.get();
+    of_value.mean = zeros.get();
+    of_value.x = a.x;
+    of_value.grad_x = a.grad_x;
+    of_value.products = a.value_products;
+    backward_rows_of<T, Carry::none>(of_value);
 }

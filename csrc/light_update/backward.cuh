@@ -14,9 +14,15 @@ struct OutputGradient {
 
     template <class T>
     __device__ OutputGradient(const Backward<T>& a, int64_t b, int64_t c) {
-        const A inverse_std = A(1) / sqrt(a.var[c] + a.eps), scale = a.weight[c] * inverse_std;
         const A pixels = A(a.shape.HW());
         const int64_t i = b * a.shape.C + c;
+        if (!a.weight) {
+            of_grad = mean = 0;
+            of_o = 1;
+            offset = a.grad_o_mean ? a.grad_o_mean[i] / pixels : A(0);
+            return;
+        }
+        const A inverse_std = A(1) / sqrt(a.var[c] + a.eps), scale = a.weight[c] * inverse_std;
         of_grad = a.keep ? scale * a.keep[b] : scale;
         of_o = a.sum_weight ? -scale * inverse_std * a.sum_weight[c] / a.count : A(0);
         mean = a.mean[c];

@@ -77,11 +77,60 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_, const std::optional
     return {o, mean, var};
 }
 
+// The launches over o's gradient, x and what is carried, all maps in one layout; fill(args, type) says what o's
+// gradient is made of besides and where the results go.
+template <class Fill>
+void launch_backward(const Tensor& grad_out, const std::optional<Tensor>& grad_o, const Tensor& o, const Tensor& x,
+                     const std::optional<Tensor>& carried, const Dense& in, int64_t head_dim, cudaStream_t stream,
+                     const Fill& fill) {
+    const Shape s = shape_of(o);
+    const bool channels_last = is_channels_last(o);
+    on_cuda_dtype(o, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using A = Acc<T>;
+        const auto tiling = light_update::tiling<T>(s, channels_last, carried ? 2 : 1);
+        light_update::Backward<T> args = {};
+        args.shape = s;
+        args.vectors = in.vectors<A>(head_dim);
+        const Tensor parts = new_tensor(in.value_weight, {s.B * tiling.parts() * light_update::kProducts * s.C});
+        const Tensor rows = new_tensor(in.value_weight, {s.B * args.row_length()});
+        args.grad_out = map_of<const T>(grad_out);
+        args.grad_o = map_if<const T>(grad_o);
+        args.o = map_of<const T>(o);
+        args.x = map_of<const T>(x);
+        args.carried = map_if<const T>(carried);
+        args.parts = mutable_data_of<A>(parts);
+        args.rows = mutable_data_of<A>(rows);
+        fill(args, type);
+        light_update::launch(args, tiling, channels_last, stream);
+    });
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> cuda_value_map(const Tensor& x, const Tensor& weight) {
     const auto [value, mean, var] = forward(x, {}, Dense({}, {}, {}, weight, {}, {}, {}), x.size(1));
     return {value, mean};
+}
+
+std::tuple<Tensor, Tensor> cuda_value_map_backward(const Tensor& grad_x_, const Tensor& grad,
+                                                   const std::optional<Tensor>& grad_read_,
+                                                   const std::optional<Tensor>& grad_mean_, const Tensor& x_,
+                                                   const Tensor& weight, bool need_x) {
+    const OnDevice device(grad);
+    const bool channels_last = is_channels_last(grad);
+    const Tensor so_far = in_layout(grad_x_, channels_last), x = in_layout(x_, channels_last);
+    const auto grad_read = in_layout(grad_read_, channels_last), grad_mean = dense(grad_mean_);
+    const Dense in({}, {}, {}, weight, {}, {}, {});
+    const Tensor grad_x = map_or_empty(need_x, grad), grad_weight = new_like(in.value_weight);
+    launch_backward(so_far, grad_read, grad, x, {}, in, x.size(1), device.stream(), [&](auto& args, auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using A = Acc<T>;
+        args.grad_o_mean = data_of<A>(grad_mean);
+        args.grad_x = map_if<T>(grad_x);
+        args.grad_value_weight = mutable_data_of<A>(grad_weight);
+    });
+    return {grad_x, grad_weight};
 }
 
 std::tuple<Tensor, Tensor, Tensor> cuda_light_update_forward(
@@ -145,20 +194,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const Tensor grad_y = like(in.y), grad_query_weight = like(in.query_weight), grad_key_weight = like(in.key_weight);
     const Tensor grad_value_weight = like(in.value_weight), grad_carry_scale = like(in.carry_scale);
     const Tensor grad_gate = like(in.gate), grad_carry_weight = like(in.carry_weight);
-    on_cuda_dtype(o, [&](auto* type) {
+    launch_backward(grad_out, grad_o, o, x, carried, in, head_dim, device.stream(), [&](auto& args, auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
-        const auto tiling = light_update::tiling<T>(s, channels_last, carried ? 2 : 1);
-        light_update::Backward<T> args = {};
-        args.shape = s;
-        args.vectors = in.vectors<A>(head_dim);
-        const Tensor parts = new_tensor(in.value_weight, {s.B * tiling.parts() * light_update::kProducts * s.C});
-        const Tensor rows = new_tensor(in.value_weight, {s.B * args.row_length()});
-        args.grad_out = map_of<const T>(grad_out);
-        args.grad_o = map_if<const T>(grad_o);
-        args.o = map_of<const T>(o);
-        args.x = map_of<const T>(x);
-        args.carried = map_if<const T>(carried);
         args.grad_out_mean = data_of<A>(grad_out_mean);
         args.grad_o_mean = data_of<A>(grad_o_mean);
         args.mean = data_of<A>(mean);
@@ -171,8 +209,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
         args.count = static_cast<A>(count);
         args.grad_x = map_if<T>(grad_x);
         args.grad_carried = map_if<T>(grad_carried);
-        args.parts = mutable_data_of<A>(parts);
-        args.rows = mutable_data_of<A>(rows);
         args.grad_y = mutable_data_if<A>(grad_y);
         args.grad_query_weight = mutable_data_if<A>(grad_query_weight);
         args.grad_key_weight = mutable_data_if<A>(grad_key_weight);
@@ -180,7 +216,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
         args.grad_carry_scale = mutable_data_if<A>(grad_carry_scale);
         args.grad_gate = mutable_data_if<A>(grad_gate);
         args.grad_carry_weight = mutable_data_if<A>(grad_carry_weight);
-        light_update::launch(args, tiling, channels_last, device.stream());
     });
     return {grad_x,       grad_y,           grad_query_weight, grad_key_weight,  grad_value_weight,
             grad_carried, grad_carry_scale, grad_gate,         grad_carry_weight};

@@ -7,8 +7,8 @@ struct CUstream_st;
 
 namespace dla::light_update {
 
-// The vectors and filters as the op takes them; the carry's are null where it has none. Forward y may be null, the
-// attention is 1 then.
+// The vectors and filters as the op takes them; the carry's are null where it has none. y may be null, the attention is
+// 1 then: o is a value map.
 template <class A>
 struct Vectors {
     const A *y, *query_weight, *key_weight;  // [B, C], [taps] each
@@ -39,15 +39,16 @@ struct Backward {
     using A = Acc<T>;
     Shape shape;
     Vectors<A> vectors;
-    Map<const T> grad_out, grad_o, o, x, carried;          // grad_o may be null, and carried
-    const A *grad_out_mean, *grad_o_mean;                  // [B, C] or null
-    const A *mean, *var, *weight, *sum_weight, *sum_bias;  // [C]; the last two may be null
-    const A* keep;                                         // [B] or null
+    Map<const T> grad_out, grad_o, o, x, carried;  // grad_o may be null, and carried
+    const A *grad_out_mean, *grad_o_mean;          // [B, C] or null
+    // [C]; the last two may be null, and all of a value map, of which o is the gradient itself.
+    const A *mean, *var, *weight, *sum_weight, *sum_bias;
+    const A* keep;  // [B] or null
     A eps, count;
     Map<T> grad_x, grad_carried;  // either may be null
     A* parts;                     // scratch, kProducts for every part of a map and channel
     A* rows;                      // scratch, row_length() for every sample
-    // [B, C], [taps] twice, [C, 9], [C], [B, C], [C, 9]; the carry's may be null.
+    // [B, C], [taps] twice, [C, 9], [C], [B, C], [C, 9]; the carry's may be null, and of a value map the first three.
     A *grad_y, *grad_query_weight, *grad_key_weight, *grad_value_weight, *grad_carry_scale, *grad_gate,
         *grad_carry_weight;
 

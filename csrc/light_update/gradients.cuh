@@ -28,6 +28,12 @@ __global__ void __launch_bounds__(kSampleThreads)
     }
     __syncthreads();
 
+    if (!v.y) {
+        for (int64_t c = threadIdx.x; c < C; c += blockDim.x) {
+            for (int k = 0; k < 9; ++k) row[c * 9 + k] = products[k * C + c];
+        }
+        return;
+    }
     for (int64_t c = threadIdx.x; c < C; c += blockDim.x) {
         A sum = 0;
         for (int k = 0; k < 9; ++k) sum += v.value_weight[c * 9 + k] * products[k * C + c];

@@ -1,6 +1,7 @@
 // light_update on the CPU, compiled once for every instruction set.
 #include "common/fold.h"
 #include "common/moments.h"
+#include "light_update/filter_gradients.h"
 #include "light_update/planes.h"
 #include "light_update/rows.h"
 #include "light_update/vectors.h"

@@ -97,7 +97,8 @@ class Call:
 def stage(
     maps, features, gates, query_weights, key_weights, value_weights, norm, head_dim, backend, keep=None, keys=False
 ) -> tuple[Tensor, ...]:
-    """The outputs of a stage's T layers, given a map, its filters, and a row of features and gates [B, T, C] for each.
+    """The outputs of a stage's T layers, given a map, its filters, and a row of features and gates [B, T, C] for each;
+    and what the first one shows of itself, the value map, its mean and the key.
 
     With ``keys`` a later layer is given the keys that those before returned, times their gates.
     """
@@ -114,7 +115,7 @@ def stage(
         )  # fmt: skip
         layers.append(layer)
         outputs.append(out)
-    return *outputs, layers[0].pooled, layers[0].key
+    return *outputs, *layers[0][:3]
 
 
 def _maps(shape, dtype, layout):

@@ -135,8 +135,8 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memor
         op.forward(*attention, *layers, 32)
         op.folded(*attention, *layers, v(C), v(C), v(C), v(C), 1e-5, 32)
         op.backward(
-            m(), m(), *(v(C) for _ in range(6)), v(B), 1e-5, 9, *attention, values, v(B, T, C), [m() for _ in range(T)],
-            [v(B, T + j + 1, C) for j in range(T)], 32, True,
+            m(), m(), v(B, C), m(), *(v(C) for _ in range(6)), v(B), 1e-5, 9, *attention, *layers[:2], values,
+            layers[3], [m() for _ in range(T)], [v(B, T + j + 1, C) for j in range(T)], 32, True, True,
         )  # fmt: skip
 
     def gap_dsu(op):

@@ -85,7 +85,7 @@ def test_nan_and_infinity_pass(op, value, order):
         with torch.no_grad():
             call.tensors[name].view(-1)[2] = value
         for i, (actual, expected) in enumerate(zip(call(backend.NAME), call("reference"), strict=True)):
-            if name in ("value_weight", "carry_weight") and actual.dim() == 4:
+            if name.startswith(("value_weight", "carry_weight")) and actual.dim() == 4:
                 # At the border the kernels multiply the padding's zero by the tap, which the reference leaves out.
                 actual, expected = actual[..., 1:-1, 1:-1], expected[..., 1:-1, 1:-1]
             assert torch.equal(actual.isfinite(), expected.isfinite()), f"{name}, output {i}"

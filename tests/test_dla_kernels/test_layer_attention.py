@@ -53,14 +53,15 @@ def written_out(q, k, gates, values, head_dim):
 )
 def test_equation(backend, shape, layers, head_dim):
     given = maps, features, gates, query_weights, key_weights, value_weights, norm = arguments(*shape, layers)
-    *outputs, pooled, key = stage(*given, head_dim, backend)
+    *outputs, value, pooled, key = stage(*given, head_dim, backend)
     q, k = (
         torch.stack([F.conv1d(y[:, None], w, padding=1)[:, 0] for y, w in zip(rows.unbind(1), weights, strict=True)], 1)
         for rows, weights in ((features, query_weights), (features * gates, key_weights))
     )
     assert_close(key, k[:, 0], 1e-12, "the first layer's key")
     values = [F.conv2d(x, w, padding=1, groups=shape[1]) for x, w in zip(maps, value_weights, strict=True)]
-    assert_close(pooled, values[0].mean((2, 3)), 1e-12, "GAP of the value map")
+    assert_close(value, values[0], 1e-12, "the value map")
+    assert_close(pooled, values[0].mean((2, 3)), 1e-12, "its GAP")
     for t, out in enumerate(outputs):
         o = written_out(q[:, t], k[:, : t + 1], gates[:, : t + 1], values[: t + 1], head_dim)
         expected = maps[t] + F.batch_norm(o, None, None, norm.weight, norm.bias, training=True).relu()
@@ -156,9 +157,10 @@ def test_keeps_each_value_map_once(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_maps_accumulate_in_float32(backend, dtype):
     maps, features, gates, *rest = arguments(2, 32, 9, 9, 12, dtype)
-    *outputs, pooled, key = stage(maps, features.float(), gates.float(), *rest, 32, backend)
-    *expected, _, _ = stage([x.double() for x in maps], features, gates, *rest, 32, "reference")
+    *outputs, value, pooled, key = stage(maps, features.float(), gates.float(), *rest, 32, backend)
+    *expected, _, _, _ = stage([x.double() for x in maps], features, gates, *rest, 32, "reference")
     for t, (a, e) in enumerate(zip(outputs, expected, strict=True)):
         assert a.dtype == dtype
         assert_close(a, e, 2 * torch.finfo(dtype).eps, f"layer {t}")  # V's rounding, o's and its own
+    assert value.dtype == dtype
     assert pooled.dtype == key.dtype == torch.float32

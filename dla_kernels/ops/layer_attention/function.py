@@ -10,7 +10,6 @@ from dla_kernels import double_backward, native, triton
 from dla_kernels.autograd import Function
 from dla_kernels.batch_norm import BatchNorm, gradient_sums
 from dla_kernels.native import empty_dense_like, empty_map_like
-from dla_kernels.ops.light_update import function as light_update
 from dla_kernels.ops.norm_residual import function as norm_residual
 
 
@@ -69,16 +68,17 @@ def fake_folded(
 
 
 def fake_backward(
-    grad_out: Tensor, o: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, sum_weight: Tensor | None,
-    sum_bias: Tensor | None, keep: Tensor | None, eps: float, count: int, q: Tensor, k: Tensor,
-    values: Sequence[Tensor], gates: Tensor, later_grads: Sequence[Tensor], later_weights: Sequence[Tensor],
-    head_dim: int, need_value: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_out: Tensor, grad_read: Tensor | None, grad_pooled: Tensor | None, o: Tensor, mean: Tensor, var: Tensor,
+    weight: Tensor, bias: Tensor, sum_weight: Tensor | None, sum_bias: Tensor | None, keep: Tensor | None, eps: float,
+    count: int, q: Tensor, k: Tensor, x: Tensor, value_weight: Tensor, values: Sequence[Tensor], gates: Tensor,
+    later_grads: Sequence[Tensor], later_weights: Sequence[Tensor], head_dim: int, need_x: bool, need_value: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         *(empty_dense_like(t) for t in (q, k, gates)),
+        empty_map_like(o) if need_x else o.new_empty(0),
+        empty_dense_like(value_weight) if need_value else value_weight.new_empty(0),
         empty_map_like(o),
         empty_dense_like(gates),
-        empty_map_like(o) if need_value else o.new_empty(0),
     )
 
 
@@ -179,21 +179,15 @@ class LayerAttention(Function):
             grad_out, None, o, None, *shared, keep, ctx.eps, RELU, need_keep
         )
         sums = gradient_sums(ctx.group, share, grad_weight, grad_bias) if ctx.own_statistics else (None, None)
-        grad_q, grad_k, grad_gates, grad_o, weights, grad_value = ops.backward(
-            grad_out, o, *shared, *sums, keep, ctx.eps, norm_residual.count_of(o), q, k, values, gates, later_grads,
-            later_weights, ctx.head_dim, need_value,
+        grad_q, grad_k, grad_gates, grad_x, grad_value_weight, grad_o, weights = ops.backward(
+            grad_out, grad_read, grad_pooled, o, *shared, *sums, keep, ctx.eps, norm_residual.count_of(o), q, k, x,
+            value_weight, values, gates, later_grads, later_weights, ctx.head_dim, need_x, need_value,
         )  # fmt: skip
         of_attention = (None,) * 4
         if any(needs[1:5]):
             if grad_key is not None:
                 grad_k[:, -1] += grad_key
             of_attention = ops.project_backward(grad_q, grad_k, grad_gates, *attention)
-        grad_x = grad_value_weight = None
-        if need_value:
-            grad_value = grad_value if grad_read is None else grad_value + grad_read
-            grad_x, grad_value_weight = light_update.value_map_backward(
-                ctx.backend, grad_out, grad_value, grad_pooled, x, value_weight, need_x
-            )
         found = grad_x, *of_attention, grad_value_weight, grad_weight, grad_bias, grad_keep
         grads = tuple(grad if need else None for grad, need in zip(found, needs[:9], strict=True))
         factors = (grad_o, weights) * ctx.handles

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dla_kernels.common import accumulate_dtype
 from dla_kernels.native import empty_map_like
-from dla_kernels.ops.light_update.triton import value_map
+from dla_kernels.ops.light_update.triton import value_map, value_map_backward
 from dla_kernels.triton import tuning
 from dla_kernels.triton.batch_norm import means, normalisation, relu, through_norm
 from dla_kernels.triton.maps import (
@@ -323,6 +323,8 @@ def folded(
 
 def backward(
     grad_out: Tensor,  # [B, C, H, W]
+    grad_read: Tensor | None,  # [B, C, H, W]
+    grad_pooled: Tensor | None,  # [B, C]
     o: Tensor,  # [B, C, H, W]
     mean: Tensor,  # [C]
     var: Tensor,  # [C]
@@ -335,13 +337,16 @@ def backward(
     count: int,
     q: Tensor,  # [B, C]
     k: Tensor,  # [B, T, C]
+    x: Tensor,  # [B, C, H, W]
+    value_weight: Tensor,  # [C, 1, 3, 3]
     values: Sequence[Tensor],  # T of [B, C, H, W]
     gates: Tensor,  # [B, T, C]
     later_grads: Sequence[Tensor],  # each [B, C, H, W]
     later_weights: Sequence[Tensor],  # each [B, its T, C]
     head_dim: int,
+    need_x: bool,
     need_value: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     o, q, k, gates = walkable(o), dense(q), dense(k), dense(gates)
     batch, T, channels = k.shape
     weights = attention_weights(q, k, gates, head_dim)
@@ -376,7 +381,11 @@ def backward(
         _launch_weights(
             _weights_backward, q, T, head_dim, q, k, gates, grad_weights, of_q, of_k, of_gates, channels, T
         )  # fmt: skip
-    return of_q, of_k, of_gates, grad_o, weights, o.new_empty(0) if grad_value is None else grad_value
+    grad_x, grad_value_weight = o.new_empty(0), value_weight.new_empty(0)
+    if need_value:
+        grad_value = grad_value if grad_read is None else grad_value + grad_read
+        grad_x, grad_value_weight = value_map_backward(grad_out, grad_value, grad_pooled, x, value_weight, need_x)
+    return of_q, of_k, of_gates, grad_x, grad_value_weight, grad_o, weights
 
 
 @triton.jit

@@ -66,31 +66,6 @@ def folded(
     return out, out_mean, o if need_o else None, o_mean
 
 
-def value_map_backward(
-    backend: str, grad_x: Tensor, grad: Tensor, grad_mean: Tensor | None, x: Tensor, weight: Tensor, need_x: bool
-) -> tuple[Tensor, Tensor]:
-    """The gradients of x and weight, given those of a value map depthwise3x3(x, weight) and its GAP, and of x so far.
-
-    The value map is what the op computes of a layer that carries nothing on. Where the filters of query and key are
-    zero the attention is sigmoid(0) = 1/2; twice the weight undoes it exactly. A BatchNorm of weight zero lets
-    ``grad_x`` through to x and nothing of it to the value map. What it normalises does not matter then: the gradient
-    itself, which is read anyway.
-    """
-    y, zero_filter, zeros = _zeros(x, weight.dtype)
-    grads = BACKENDS[backend].backward(
-        grad_x, None, grad, grad_mean, grad, zeros, zeros, zeros, None, None, None, 1.0, 1,
-        x, y, zero_filter, zero_filter, 2 * weight, None, None, None, None, x.shape[1], need_x, False,
-    )  # fmt: skip
-    return grads[0], 2 * grads[4]
-
-
-def _zeros(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Zeros [B, C], [1, 1, 1] and [C], of one tensor."""
-    batch, channels = x.shape[:2]
-    zeros = x.new_zeros(batch + 1, channels, dtype=dtype)
-    return zeros[1:], zeros[0, :1].view(1, 1, 1), zeros[0]
-
-
 class LightUpdate(Function):
     """Saves ``x``, ``carried``, ``o`` and vectors; the value map is never written, not even for the backward.
 

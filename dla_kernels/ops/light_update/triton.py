@@ -500,3 +500,22 @@ def backward(
         y.new_empty(0) if gate is None else of_gate,
         y.new_empty(0) if carry_weight is None else next(sums).view(carry_weight.shape),
     )
+
+
+def value_map_backward(
+    grad_x: Tensor, grad: Tensor, grad_mean: Tensor | None, x: Tensor, weight: Tensor, need_x: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and weight, given those of :func:`value_map`'s two outputs, and of x so far.
+
+    Where the filters of query and key are zero the attention is sigmoid(0) = 1/2; twice the weight undoes it exactly. A
+    BatchNorm of weight zero lets ``grad_x`` through to x and nothing of it to the value map. What it normalises does
+    not matter then: the gradient itself, which is read anyway.
+    """
+    batch, channels = x.shape[:2]
+    zeros = weight.new_zeros(batch + 1, channels)
+    y, none, filter = zeros[1:], zeros[0], zeros[0, :1].view(1, 1, 1)
+    grad_x, _, _, _, grad_weight, *_ = backward(
+        grad_x, None, grad, grad_mean, grad, none, none, none, None, None, None, 1.0, 1, x, y, filter, filter,
+        2 * weight, None, None, None, None, channels, need_x, False,
+    )  # fmt: skip
+    return grad_x, 2 * grad_weight
