@@ -44,7 +44,14 @@ __global__ void __launch_bounds__(kThreads) moments(const NormMoments<T> a, cons
                                      });
         Moments<A> merged[W::kChannels];
 #pragma unroll
-        for (int i = 0; i < W::N; ++i) merged[W::kRows ? i : 0].merge({count, mean[i], deviations[i]});
+        for (int i = 0; i < W::N; ++i) {
+            const Moments<A> of_element{count, mean[i], deviations[i]};
+            if (i < W::kChannels) {
+                merged[i] = of_element;
+            } else {
+                merged[0].merge(of_element);
+            }
+        }
 #pragma unroll
         for (int i = 0; i < W::kChannels; ++i) merged[i] = warp_merge<W::kLanes>(merged[i]);
         bool writes = threadIdx.x % kWarp < W::kLanes;

@@ -47,10 +47,13 @@ def output_of(path: Path, *options: str) -> str:
 
 
 def stack_frames(path: Path) -> dict[str, int]:
-    """Bytes of local memory of every kernel: arrays that are not in registers, and registers that were spilled."""
+    """Bytes of local memory of every kernel, the most that it has on any architecture: arrays that are not in
+    registers, and registers that were spilled."""
     usage = output_of(path, "-res-usage")
-    kernels = re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    return {name: int(stack) + int(local) for name, stack, local in kernels}
+    frames: dict[str, int] = {}
+    for name, stack, local in re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage):
+        frames[name] = max(frames.get(name, 0), int(stack) + int(local))
+    return frames
 
 
 def instructions(path: Path, architecture: str | None = None) -> Iterator[tuple[str, list[str]]]:
