@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kHeadThreads)
             const int64_t at = (b * of.layers + m) * C + c;
             const A grad = attention[m] * (grads[m] - mean) / root;
             sum += grad * of.k[at];
-            a.grad_k[at] = grad * q;
+            a.grad_k[at] = grad * q + (a.grad_key && m == layers - 1 ? a.grad_key[b * C + c] : A(0));
         }
         a.grad_q[b * C + c] = sum;
     }

@@ -98,22 +98,27 @@ layer_attention::Filters<A> filters_of(const Tensor& features, const Tensor& gat
             data_of<A>(gates),    data_of<A>(query_weight), data_of<A>(key_weights)};
 }
 
-// What o's forward and its folded form share: the layers, with the value map of the last, which is made here.
+// What o's forward and its folded form share: queries and keys, and the layers with the value map of the last, which is
+// made here.
 struct Layers {
-    Tensor q, k, gates, x, value_weight;
+    Tensor features, gates, query_weight, key_weights, x, value_weight;
     bool channels_last;
     std::vector<Tensor> values;
-    Tensor value, pooled;
+    Tensor q, k, key, value, pooled;
 
-    Layers(const Tensor& q_, const Tensor& k_, const Tensor& x_, const Tensor& value_weight_,
-           const std::vector<Tensor>& prior, const Tensor& gates_)
-        : q(dense(q_)),
-          k(dense(k_)),
+    Layers(const Tensor& features_, const Tensor& gates_, const Tensor& query_weight_, const Tensor& key_weights_,
+           const Tensor& x_, const Tensor& value_weight_, const std::vector<Tensor>& prior)
+        : features(dense(features_)),
           gates(dense(gates_)),
+          query_weight(dense(query_weight_)),
+          key_weights(dense(key_weights_)),
           x(walkable(x_)),
           value_weight(dense(value_weight_)),
           channels_last(is_channels_last(x)),
           values(in_layout(prior, channels_last)),
+          q(new_tensor(features, {features.size(0), features.size(2)})),
+          k(new_like(features)),
+          key(new_like(q)),
           value(new_like(x)),
           pooled(new_like(q)) {
         values.push_back(value);
@@ -122,10 +127,16 @@ struct Layers {
     // `args` holds the results that are wanted.
     template <class T, class A = Acc<T>>
     void attend(LayerAttentionForward<T>& args, int64_t head_dim) const {
+        const auto filters = filters_of<A>(features, gates, query_weight, key_weights);
+        DLA_ON_ISA(project<A>(filters, mutable_data_of<A>(q), mutable_data_of<A>(k)));
+        for (int64_t b = 0; b < filters.B; ++b) {
+            std::copy_n(data_of<A>(k) + filters.row(b, filters.layers - 1), filters.C,
+                        mutable_data_of<A>(key) + b * filters.C);
+        }
         const Weights<A> weights(q, k, gates, head_dim);
         const auto maps = maps_of<const T>(values);
         args.shape = shape_of(x);
-        args.layers = k.size(1);
+        args.layers = filters.layers;
         args.values = maps.data();
         args.weights = weights.gated;
         args.x = map_of<const T>(x);
@@ -142,49 +153,12 @@ struct Layers {
 
 }  // namespace
 
-// q [B, C] and k [B, T, C].
-std::tuple<Tensor, Tensor> layer_attention_project(const Tensor& features_, const Tensor& gates_,
-                                                   const Tensor& query_weight_, const Tensor& key_weights_) {
-    const Tensor features = dense(features_), gates = dense(gates_);
-    const Tensor query_weight = dense(query_weight_), key_weights = dense(key_weights_);
-    const Tensor q = new_tensor(features, {features.size(0), features.size(2)}), k = new_like(features);
-    on_dtype(features, [&](auto* type) {
-        using A = Acc<std::remove_pointer_t<decltype(type)>>;
-        DLA_ON_ISA(project<A>(filters_of<A>(features, gates, query_weight, key_weights), mutable_data_of<A>(q),
-                              mutable_data_of<A>(k)));
-    });
-    return {q, k};
-}
-
-// The gradients of features, gates, query_weight and key_weights, given those of q, of k and what reaches the gates
-// elsewhere.
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_attention_project_backward(
-    const Tensor& grad_q_, const Tensor& grad_k_, const Tensor& grad_gates_, const Tensor& features_,
-    const Tensor& gates_, const Tensor& query_weight_, const Tensor& key_weights_) {
-    const Tensor features = dense(features_), gates = dense(gates_), grad_q = dense(grad_q_), grad_k = dense(grad_k_);
-    const Tensor query_weight = dense(query_weight_), key_weights = dense(key_weights_), so_far = dense(grad_gates_);
-    const Tensor grad_features = new_like(features), grad_gates = new_like(gates);
-    const Tensor grad_query_weight = new_like(query_weight);
-    const Tensor grad_key_weights = new_like(key_weights);
-    on_dtype(features, [&](auto* type) {
-        using A = Acc<std::remove_pointer_t<decltype(type)>>;
-        std::copy_n(data_of<A>(so_far), so_far.numel(), mutable_data_of<A>(grad_gates));
-        DLA_ON_ISA(project_backward<A>(filters_of<A>(features, gates, query_weight, key_weights), data_of<A>(grad_q),
-                                       data_of<A>(grad_k), mutable_data_of<A>(grad_features),
-                                       mutable_data_of<A>(grad_gates), mutable_data_of<A>(grad_query_weight),
-                                       mutable_data_of<A>(grad_key_weights)));
-    });
-    return {grad_features, grad_gates, grad_query_weight, grad_key_weights};
-}
-
-// o and its moments, the layer's own value map and the mean of that.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_attention_forward(const Tensor& q, const Tensor& k,
-                                                                           const Tensor& x, const Tensor& value_weight,
-                                                                           const std::vector<Tensor>& prior,
-                                                                           const Tensor& gates, int64_t head_dim) {
-    const Layers in(q, k, x, value_weight, prior, gates);
-    const Tensor o = new_like(in.x);
-    const Tensor mean = new_like(in.q), var = new_like(in.q);
+// o and its moments, the layer's own value map, the mean of that and its key; then q [B, C] and k [B, T, C].
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_attention_forward(
+    const Tensor& features, const Tensor& gates, const Tensor& query_weight, const Tensor& key_weights, const Tensor& x,
+    const Tensor& value_weight, const std::vector<Tensor>& prior, int64_t head_dim) {
+    const Layers in(features, gates, query_weight, key_weights, x, value_weight, prior);
+    const Tensor o = new_like(in.x), mean = new_like(in.q), var = new_like(in.q);
     on_dtype(in.x, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Acc<T>;
@@ -194,16 +168,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_attention_forward(const
         args.var = mutable_data_of<A>(var);
         in.attend(args, head_dim);
     });
-    return {o, mean, var, in.value, in.pooled};
+    return {o, mean, var, in.value, in.pooled, in.key, in.q, in.k};
 }
 
-// In inference: the block's output, the layer's own value map and the mean of that.
-std::tuple<Tensor, Tensor, Tensor> layer_attention_folded(const Tensor& q, const Tensor& k, const Tensor& x,
-                                                          const Tensor& value_weight, const std::vector<Tensor>& prior,
-                                                          const Tensor& gates, const Tensor& mean_, const Tensor& var_,
-                                                          const Tensor& weight_, const Tensor& bias_, double eps,
-                                                          int64_t head_dim) {
-    const Layers in(q, k, x, value_weight, prior, gates);
+// In inference: the block's output, the layer's own value map, the mean of that and its key.
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_attention_folded(const Tensor& features, const Tensor& gates,
+                                                                  const Tensor& query_weight, const Tensor& key_weights,
+                                                                  const Tensor& x, const Tensor& value_weight,
+                                                                  const std::vector<Tensor>& prior, const Tensor& mean_,
+                                                                  const Tensor& var_, const Tensor& weight_,
+                                                                  const Tensor& bias_, double eps, int64_t head_dim) {
+    const Layers in(features, gates, query_weight, key_weights, x, value_weight, prior);
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
     const Tensor out = new_like(in.x);
     on_dtype(in.x, [&](auto* type) {
@@ -217,33 +192,36 @@ std::tuple<Tensor, Tensor, Tensor> layer_attention_folded(const Tensor& q, const
         args.shift = norm.shift.get();
         in.attend(args, head_dim);
     });
-    return {out, in.value, in.pooled};
+    return {out, in.value, in.pooled, in.key};
 }
 
 // The backward of the whole block, out = x + keep * ReLU(BatchNorm(o)), from the gradients of out, of the value map
-// where it is read elsewhere and of its mean: those of q, k, gates, x and value_weight, the last two over this layer
-// and all later ones, an empty tensor where they are not needed; and that of o and the weights of the layers, which are
-// an earlier layer's part of its value map's gradient.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_attention_backward(
+// where it is read elsewhere, of its mean and of the key: those of x, features, gates, query_weight, key_weights and
+// value_weight, the first and the last over this layer and all later ones, an empty tensor where they are not needed;
+// and that of o and the weights of the layers, which are an earlier layer's part of its value map's gradient.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_attention_backward(
     const Tensor& grad_out_, const std::optional<Tensor>& grad_read_, const std::optional<Tensor>& grad_pooled_,
-    const Tensor& o_, const Tensor& mean_, const Tensor& var_, const Tensor& weight_, const Tensor& bias_,
-    const std::optional<Tensor>& sum_weight_, const std::optional<Tensor>& sum_bias_,
-    const std::optional<Tensor>& keep_, double eps, int64_t count, const Tensor& q_, const Tensor& k_, const Tensor& x_,
-    const Tensor& value_weight_, const std::vector<Tensor>& values_, const Tensor& gates_,
+    const std::optional<Tensor>& grad_key_, const Tensor& o_, const Tensor& mean_, const Tensor& var_,
+    const Tensor& weight_, const Tensor& bias_, const std::optional<Tensor>& sum_weight_,
+    const std::optional<Tensor>& sum_bias_, const std::optional<Tensor>& keep_, double eps, int64_t count,
+    const Tensor& q_, const Tensor& k_, const Tensor& features_, const Tensor& gates_, const Tensor& query_weight_,
+    const Tensor& key_weights_, const Tensor& x_, const Tensor& value_weight_, const std::vector<Tensor>& values_,
     const std::vector<Tensor>& later_grads_, const std::vector<Tensor>& later_weights_, int64_t head_dim, bool need_x,
     bool need_value) {
-    const Tensor q = dense(q_), k = dense(k_), gates = dense(gates_), o = walkable(o_);
+    const Tensor q = dense(q_), k = dense(k_), features = dense(features_), gates = dense(gates_), o = walkable(o_);
+    const Tensor query_weight = dense(query_weight_), key_weights = dense(key_weights_);
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
     const auto sum_weight = dense(sum_weight_), sum_bias = dense(sum_bias_), keep = dense(keep_);
     const bool channels_last = is_channels_last(o);
     const Tensor grad_out = in_layout(grad_out_, channels_last), x = in_layout(x_, channels_last);
-    const auto grad_read = in_layout(grad_read_, channels_last), grad_pooled = dense(grad_pooled_);
+    const auto grad_read = in_layout(grad_read_, channels_last);
+    const auto grad_pooled = dense(grad_pooled_), grad_key = dense(grad_key_);
     const Tensor value_weight = dense(value_weight_);
     const auto values = in_layout(values_, channels_last), later_grads = in_layout(later_grads_, channels_last);
     const Shape s = shape_of(o);
     const int64_t layers = k.size(1), later = static_cast<int64_t>(later_grads.size());
-    const Tensor grad_q = new_like(q), grad_k = new_like(k);
-    const Tensor grad_gates = new_like(gates), weights = new_like(gates);
+    const Tensor grad_features = new_like(features), grad_gates = new_like(gates), weights = new_like(gates);
+    const Tensor grad_query_weight = new_like(query_weight), grad_key_weights = new_like(key_weights);
     const auto map_if_needed = [&](bool need) { return need ? new_like(o) : new_tensor(o, {0}); };
     const Tensor grad_o = new_like(o), grad_x = map_if_needed(need_x);
     const Tensor grad_value = map_if_needed(need_value && channels_last);
@@ -295,40 +273,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_attenti
         } else {
             DLA_ON_ISA(backward_planes<T>(args));
         }
-        DLA_ON_ISA(attend_backward<A>(own, products.get(), mutable_data_of<A>(grad_q), mutable_data_of<A>(grad_k),
-                                      mutable_data_of<A>(grad_gates)));
+        const Scratch<A> grad_q(q.numel()), grad_k(k.numel());
+        DLA_ON_ISA(attend_backward<A>(own, products.get(), grad_q.get(), grad_k.get(), mutable_data_of<A>(grad_gates)));
+        const A* of_key = data_of<A>(grad_key);
+        for (int64_t i = 0; of_key && i < s.B * s.C; ++i) {
+            grad_k[(i / s.C * layers + layers - 1) * s.C + i % s.C] += of_key[i];
+        }
+        DLA_ON_ISA(project_backward<A>(filters_of<A>(features, gates, query_weight, key_weights), grad_q.get(),
+                                       grad_k.get(), mutable_data_of<A>(grad_features), mutable_data_of<A>(grad_gates),
+                                       mutable_data_of<A>(grad_query_weight), mutable_data_of<A>(grad_key_weights)));
         if (!need_value) return;
         const Scratch<A> ones(s.B * s.C, A(1)), unused(s.B * s.C);
         DLA_ON_ISA(filter_gradients<A>({ones.get(), data_of<A>(value_weight)}, s, value_products.get(),
                                        {unused.get(), mutable_data_of<A>(grad_value_weight)}));
     });
-    return {grad_q, grad_k, grad_gates, grad_x, grad_value_weight, grad_o, weights};
+    return {grad_x, grad_features, grad_gates, grad_query_weight, grad_key_weights, grad_value_weight, grad_o, weights};
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dla_kernels, m) {
     m.def(
-        "layer_attention_project(Tensor features, Tensor gates, Tensor query_weight, Tensor key_weights) -> "
-        "(Tensor, Tensor)");
+        "layer_attention_forward(Tensor features, Tensor gates, Tensor query_weight, Tensor key_weights, Tensor x, "
+        "Tensor value_weight, Tensor[] prior, int head_dim) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     m.def(
-        "layer_attention_project_backward(Tensor grad_q, Tensor grad_k, Tensor grad_gates, Tensor features, "
-        "Tensor gates, Tensor query_weight, Tensor key_weights) -> (Tensor, Tensor, Tensor, Tensor)");
+        "layer_attention_folded(Tensor features, Tensor gates, Tensor query_weight, Tensor key_weights, Tensor x, "
+        "Tensor value_weight, Tensor[] prior, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, "
+        "int head_dim) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def(
-        "layer_attention_forward(Tensor q, Tensor k, Tensor x, Tensor value_weight, Tensor[] prior, Tensor gates, "
-        "int head_dim) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-    m.def(
-        "layer_attention_folded(Tensor q, Tensor k, Tensor x, Tensor value_weight, Tensor[] prior, Tensor gates, "
-        "Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, int head_dim) -> (Tensor, Tensor, Tensor)");
-    m.def(
-        "layer_attention_backward(Tensor grad_out, Tensor? grad_read, Tensor? grad_pooled, Tensor o, Tensor mean, "
-        "Tensor var, Tensor weight, Tensor bias, Tensor? sum_weight, Tensor? sum_bias, Tensor? keep, float eps, "
-        "SymInt count, Tensor q, Tensor k, Tensor x, Tensor value_weight, Tensor[] values, Tensor gates, "
-        "Tensor[] later_grads, Tensor[] later_weights, int head_dim, bool need_x, bool need_value) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+        "layer_attention_backward(Tensor grad_out, Tensor? grad_read, Tensor? grad_pooled, Tensor? grad_key, Tensor o, "
+        "Tensor mean, Tensor var, Tensor weight, Tensor bias, Tensor? sum_weight, Tensor? sum_bias, Tensor? keep, "
+        "float eps, SymInt count, Tensor q, Tensor k, Tensor features, Tensor gates, Tensor query_weight, "
+        "Tensor key_weights, Tensor x, Tensor value_weight, Tensor[] values, Tensor[] later_grads, "
+        "Tensor[] later_weights, int head_dim, bool need_x, bool need_value) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dla_kernels, CPU, m) {
-    m.impl("layer_attention_project", TORCH_BOX(&layer_attention_project));
-    m.impl("layer_attention_project_backward", TORCH_BOX(&layer_attention_project_backward));
     m.impl("layer_attention_forward", TORCH_BOX(&layer_attention_forward));
     m.impl("layer_attention_folded", TORCH_BOX(&layer_attention_folded));
     m.impl("layer_attention_backward", TORCH_BOX(&layer_attention_backward));

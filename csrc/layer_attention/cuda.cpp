@@ -90,57 +90,35 @@ layer_attention::Filters<A> filters_of(const Tensor& features, const Tensor& gat
             data_of<A>(gates),    data_of<A>(query_weight), data_of<A>(key_weights)};
 }
 
+// q [B, C], k [B, T, C] and the last layer's key.
+struct Projected {
+    Tensor q, k, key;
+
+    Projected(const Tensor& features_, const Tensor& gates_, const Tensor& query_weight_, const Tensor& key_weights_,
+              const Tensor& x, cudaStream_t stream)
+        : q(new_tensor(features_, {features_.size(0), features_.size(2)})),
+          k(new_tensor(features_, features_.sizes())),
+          key(new_tensor(q, q.sizes())) {
+        const Tensor features = dense(features_), gates = dense(gates_);
+        const Tensor query_weight = dense(query_weight_), key_weights = dense(key_weights_);
+        on_cuda_dtype(x, [&](auto* type) {
+            using A = Acc<std::remove_pointer_t<decltype(type)>>;
+            layer_attention::launch(filters_of<A>(features, gates, query_weight, key_weights), mutable_data_of<A>(q),
+                                    mutable_data_of<A>(k), mutable_data_of<A>(key), stream);
+        });
+    }
+};
+
 }  // namespace
 
-// q [B, C] and k [B, T, C].
-std::tuple<Tensor, Tensor> cuda_layer_attention_project(const Tensor& features_, const Tensor& gates_,
-                                                        const Tensor& query_weight_, const Tensor& key_weights_) {
-    const OnDevice on(features_);
-    const Tensor features = dense(features_), gates = dense(gates_);
-    const Tensor query_weight = dense(query_weight_), key_weights = dense(key_weights_);
-    const Tensor q = new_tensor(features, {features.size(0), features.size(2)}), k = new_like(features);
-    on_cuda_dtype(features, [&](auto* type) {
-        using A = Acc<std::remove_pointer_t<decltype(type)>>;
-        layer_attention::launch(filters_of<A>(features, gates, query_weight, key_weights), mutable_data_of<A>(q),
-                                mutable_data_of<A>(k), on.stream());
-    });
-    return {q, k};
-}
-
-// The gradients of features, gates, query_weight and key_weights, given those of q, of k and what reaches the gates
-// elsewhere.
-std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_layer_attention_project_backward(
-    const Tensor& grad_q_, const Tensor& grad_k_, const Tensor& grad_gates_, const Tensor& features_,
-    const Tensor& gates_, const Tensor& query_weight_, const Tensor& key_weights_) {
-    const OnDevice on(features_);
-    const Tensor features = dense(features_), gates = dense(gates_), grad_q = dense(grad_q_), grad_k = dense(grad_k_);
-    const Tensor query_weight = dense(query_weight_), key_weights = dense(key_weights_), so_far = dense(grad_gates_);
-    const Tensor grad_features = new_like(features), grad_gates = new_like(gates);
-    const Tensor grad_query_weight = new_like(query_weight);
-    const Tensor grad_key_weights = new_like(key_weights);
-    on_cuda_dtype(features, [&](auto* type) {
-        using A = Acc<std::remove_pointer_t<decltype(type)>>;
-        const layer_attention::FilterGradients<A> grads{data_of<A>(grad_q),
-                                                        data_of<A>(grad_k),
-                                                        data_of<A>(so_far),
-                                                        mutable_data_of<A>(grad_features),
-                                                        mutable_data_of<A>(grad_gates),
-                                                        mutable_data_of<A>(grad_query_weight),
-                                                        mutable_data_of<A>(grad_key_weights)};
-        layer_attention::launch(filters_of<A>(features, gates, query_weight, key_weights), grads, on.stream());
-    });
-    return {grad_features, grad_gates, grad_query_weight, grad_key_weights};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_layer_attention_forward(const Tensor& q, const Tensor& k,
-                                                                                const Tensor& x,
-                                                                                const Tensor& value_weight,
-                                                                                std::vector<Tensor> values,
-                                                                                const Tensor& gates, int64_t head_dim) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cuda_layer_attention_forward(
+    const Tensor& features, const Tensor& gates, const Tensor& query_weight, const Tensor& key_weights, const Tensor& x,
+    const Tensor& value_weight, std::vector<Tensor> values, int64_t head_dim) {
     const OnDevice on(x);
+    const Projected made(features, gates, query_weight, key_weights, x, on.stream());
     const auto [value, pooled] = cuda_value_map(x, value_weight);
     values.push_back(value);
-    const Values in(q, k, values, gates, value);
+    const Values in(made.q, made.k, values, gates, value);
     const Shape& s = in.shape;
     const Tensor o = new_like(in.first);
     const Tensor mean = new_tensor(in.q, {s.B, s.C}), var = new_tensor(in.q, {s.B, s.C});
@@ -153,18 +131,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_layer_attention_forward(
         args.var = mutable_data_of<A>(var);
         in.attend(args, head_dim, {o}, on.stream());
     });
-    return {o, mean, var, value, pooled};
+    return {o, mean, var, value, pooled, made.key, made.q, made.k};
 }
 
-std::tuple<Tensor, Tensor, Tensor> cuda_layer_attention_folded(const Tensor& q, const Tensor& k, const Tensor& x_,
-                                                               const Tensor& value_weight, std::vector<Tensor> values,
-                                                               const Tensor& gates, const Tensor& mean_,
-                                                               const Tensor& var_, const Tensor& weight_,
-                                                               const Tensor& bias_, double eps, int64_t head_dim) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_layer_attention_folded(
+    const Tensor& features, const Tensor& gates, const Tensor& query_weight, const Tensor& key_weights,
+    const Tensor& x_, const Tensor& value_weight, std::vector<Tensor> values, const Tensor& mean_, const Tensor& var_,
+    const Tensor& weight_, const Tensor& bias_, double eps, int64_t head_dim) {
     const OnDevice on(x_);
+    const Projected made(features, gates, query_weight, key_weights, x_, on.stream());
     const auto [value, pooled] = cuda_value_map(x_, value_weight);
     values.push_back(value);
-    const Values in(q, k, values, gates, x_);
+    const Values in(made.q, made.k, values, gates, x_);
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
     const Tensor out = new_like(in.first);
     on_cuda_dtype(out, [&](auto* type) {
@@ -176,17 +154,19 @@ std::tuple<Tensor, Tensor, Tensor> cuda_layer_attention_folded(const Tensor& q, 
         args.out = map_of<T>(out);
         in.attend(args, head_dim, {out, in.first}, on.stream());
     });
-    return {out, value, pooled};
+    return {out, value, pooled, made.key};
 }
 
-// Gradients of q, k and gates; those of x and value_weight, through the value map of this layer and the later ones that
-// `later_grads` and `later_weights` tell of, empty where they are not needed; o's gradient and the weights [B, T, C].
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cuda_layer_attention_backward(
+// Gradients of x, features, gates, query_weight, key_weights and value_weight, the first and the last through the value
+// map of this layer and the later ones that `later_grads` and `later_weights` tell of, empty where they are not needed;
+// o's gradient and the weights [B, T, C].
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cuda_layer_attention_backward(
     const Tensor& grad_out_, const std::optional<Tensor>& grad_read, const std::optional<Tensor>& grad_pooled,
-    const Tensor& o, const Tensor& mean_, const Tensor& var_, const Tensor& weight_, const Tensor& bias_,
-    const std::optional<Tensor>& sum_weight_, const std::optional<Tensor>& sum_bias_,
-    const std::optional<Tensor>& keep_, double eps, int64_t count, const Tensor& q, const Tensor& k, const Tensor& x,
-    const Tensor& value_weight, const std::vector<Tensor>& values, const Tensor& gates,
+    const std::optional<Tensor>& grad_key_, const Tensor& o, const Tensor& mean_, const Tensor& var_,
+    const Tensor& weight_, const Tensor& bias_, const std::optional<Tensor>& sum_weight_,
+    const std::optional<Tensor>& sum_bias_, const std::optional<Tensor>& keep_, double eps, int64_t count,
+    const Tensor& q, const Tensor& k, const Tensor& features_, const Tensor& gates, const Tensor& query_weight_,
+    const Tensor& key_weights_, const Tensor& x, const Tensor& value_weight, const std::vector<Tensor>& values,
     const std::vector<Tensor>& later_grads, const std::vector<Tensor>& later_weights_, int64_t head_dim, bool need_x,
     bool need_value) {
     const OnDevice on(o);
@@ -199,8 +179,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cuda_layer_at
     for (const Tensor& weights : later_weights_) later_weights.push_back(dense(weights));
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
     const auto sum_weight = dense(sum_weight_), sum_bias = dense(sum_bias_), keep = dense(keep_);
+    const Tensor features = dense(features_), query_weight = dense(query_weight_), key_weights = dense(key_weights_);
+    const auto grad_key = dense(grad_key_);
     const Tensor grad_q = new_like(in.q), grad_k = new_like(in.k);
-    const Tensor grad_gates = new_like(in.gates), weights = new_like(in.gates);
+    const Tensor grad_features = new_like(features), grad_gates = new_like(in.gates), weights = new_like(in.gates);
+    const Tensor grad_query_weight = new_like(query_weight), grad_key_weights = new_like(key_weights);
     const Tensor grad_o = new_like(in.first), grad_value = map_or_empty(need_value, in.first);
     on_cuda_dtype(grad_o, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
@@ -224,6 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cuda_layer_at
         args.keep = data_of<A>(keep);
         args.count = static_cast<A>(count);
         args.parts = mutable_data_of<A>(parts);
+        args.grad_key = data_of<A>(grad_key);
         args.grad_q = mutable_data_of<A>(grad_q);
         args.grad_k = mutable_data_of<A>(grad_k);
         args.grad_gates = mutable_data_of<A>(grad_gates);
@@ -244,16 +228,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cuda_layer_at
             layer_attention::launch(args, plan, channels_last, on.stream());
         }
         layer_attention::finish(args, plan, on.stream());
+        const layer_attention::FilterGradients<A> grads{data_of<A>(grad_q),
+                                                        data_of<A>(grad_k),
+                                                        mutable_data_of<A>(grad_features),
+                                                        mutable_data_of<A>(grad_gates),
+                                                        mutable_data_of<A>(grad_query_weight),
+                                                        mutable_data_of<A>(grad_key_weights)};
+        layer_attention::launch(filters_of<A>(features, in.gates, query_weight, key_weights), grads, on.stream());
     });
-    if (!need_value) return {grad_q, grad_k, grad_gates, grad_value, new_tensor(value_weight, {0}), grad_o, weights};
-    const auto [grad_x, grad_value_weight] =
-        cuda_value_map_backward(grad_out, grad_value, grad_read, grad_pooled, x, value_weight, need_x);
-    return {grad_q, grad_k, grad_gates, grad_x, grad_value_weight, grad_o, weights};
+    Tensor grad_x = grad_value, grad_value_weight = new_tensor(value_weight, {0});
+    if (need_value) {
+        std::tie(grad_x, grad_value_weight) =
+            cuda_value_map_backward(grad_out, grad_value, grad_read, grad_pooled, x, value_weight, need_x);
+    }
+    return {grad_x, grad_features, grad_gates, grad_query_weight, grad_key_weights, grad_value_weight, grad_o, weights};
 }
 
 DLA_CUDA_OPS(m) {
-    m.impl("layer_attention_project", TORCH_BOX(&cuda_layer_attention_project));
-    m.impl("layer_attention_project_backward", TORCH_BOX(&cuda_layer_attention_project_backward));
     m.impl("layer_attention_forward", TORCH_BOX(&cuda_layer_attention_forward));
     m.impl("layer_attention_folded", TORCH_BOX(&cuda_layer_attention_folded));
     m.impl("layer_attention_backward", TORCH_BOX(&cuda_layer_attention_backward));

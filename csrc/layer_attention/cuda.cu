@@ -120,8 +120,8 @@ DLA_INSTANTIATE(__half)
 DLA_INSTANTIATE(__nv_bfloat16)
 #undef DLA_INSTANTIATE
 
-template void launch(const Filters<float>&, float*, float*, CUstream_st*);
-template void launch(const Filters<double>&, double*, double*, CUstream_st*);
+template void launch(const Filters<float>&, float*, float*, float*, CUstream_st*);
+template void launch(const Filters<double>&, double*, double*, double*, CUstream_st*);
 template void launch(const Filters<float>&, const FilterGradients<float>&, CUstream_st*);
 template void launch(const Filters<double>&, const FilterGradients<double>&, CUstream_st*);
 

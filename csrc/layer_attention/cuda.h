@@ -25,8 +25,8 @@ struct Attention {
 
 template <class A>
 struct FilterGradients {
-    const A *q, *k, *gates;         // the given ones
-    A *grad_features, *grad_gates;  // [B, layers, C]
+    const A *q, *k;                 // the given ones
+    A *grad_features, *grad_gates;  // [B, layers, C]; the latter is added to
     A *grad_query_weight, *grad_key_weights;
 };
 
@@ -71,6 +71,7 @@ struct Backward {
     A count;
     Map<T> grad_o, grad_value;  // null where they are not written, or not by this launch
     A* parts;                   // scratch, [B, runs, layers, C]: sums of o's gradient times the values
+    const A* grad_key;          // [B, C], the gradient that the last key gets elsewhere, or null
     A *grad_q, *grad_k, *grad_gates, *weights;
 };
 
@@ -97,7 +98,7 @@ void launch(const Forward<T>& args, const Plan& plan, bool channels_last, CUstre
 template <class T>
 void launch(const Backward<T>& args, const Plan& plan, bool channels_last, CUstream_st* stream);
 template <class A>
-void launch(const Filters<A>& args, A* q, A* k, CUstream_st* stream);
+void launch(const Filters<A>& args, A* q, A* k, A* key, CUstream_st* stream);
 template <class A>
 void launch(const Filters<A>& args, const FilterGradients<A>& grads, CUstream_st* stream);
 // The vectors' gradients, once all launches of the above have left their parts.

@@ -22,9 +22,10 @@ __device__ __forceinline__ A slide(const A* row, const A* gates, const A* filter
     return total;
 }
 
-// A thread for each channel of every key, and of every query, which come as one more layer.
+// A thread for each channel of every key, and of every query, which come as one more layer; `key` is the last one
+// alone.
 template <class A>
-__global__ void __launch_bounds__(kSlideThreads) project(const Filters<A> a, A* q, A* k) {
+__global__ void __launch_bounds__(kSlideThreads) project(const Filters<A> a, A* q, A* k, A* key) {
     const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     const int64_t c = i % a.C, m = i / a.C % (a.layers + 1), b = i / a.C / (a.layers + 1);
     if (b >= a.B) return;
@@ -34,7 +35,9 @@ __global__ void __launch_bounds__(kSlideThreads) project(const Filters<A> a, A* 
     }
     const int64_t row = a.row(b, m);
     const A* filter = a.key_filter(m);
-    k[row + c] = filter ? slide(a.features + row, a.gates + row, filter, a.K, false, c, a.C) : a.features[row + c];
+    const A value = filter ? slide(a.features + row, a.gates + row, filter, a.K, false, c, a.C) : a.features[row + c];
+    k[row + c] = value;
+    if (m == a.layers - 1) key[b * a.C + c] = value;
 }
 
 // A thread for each channel of every layer's features and gates.
@@ -45,15 +48,14 @@ __global__ void __launch_bounds__(kSlideThreads) project_backward(const Filters<
     if (b >= a.B) return;
     const int64_t row = a.row(b, m);
     const A* filter = a.key_filter(m);
-    A of_features = g.k[row + c], of_gates = g.gates[row + c];
+    A of_features = g.k[row + c];
     if (filter) {
         const A of_gated = slide<A>(g.k + row, nullptr, filter, a.K, true, c, a.C);
         of_features = of_gated * a.gates[row + c];
-        of_gates += of_gated * a.features[row + c];
+        g.grad_gates[row + c] += of_gated * a.features[row + c];
     }
     if (m == a.layers - 1) of_features += slide<A>(g.q + b * a.C, nullptr, a.query_weight, a.K, true, c, a.C);
     g.grad_features[row + c] = of_features;
-    g.grad_gates[row + c] = of_gates;
 }
 
 // A block for each tap of every key's filter, and of the query's, which comes last.
@@ -74,10 +76,10 @@ __global__ void __launch_bounds__(kSlideThreads) filter_gradients(const Filters<
 }
 
 template <class A>
-void launch(const Filters<A>& a, A* q, A* k, CUstream_st* stream) {
+void launch(const Filters<A>& a, A* q, A* k, A* key, CUstream_st* stream) {
     if (a.B * a.C == 0) return;
     const int64_t blocks = ceil_div(a.B * (a.layers + 1) * a.C, kSlideThreads);
-    dla::launch(project<A>, dim3(static_cast<unsigned>(blocks)), kSlideThreads, 0, stream, a, q, k);
+    dla::launch(project<A>, dim3(static_cast<unsigned>(blocks)), kSlideThreads, 0, stream, a, q, k, key);
 }
 
 template <class A>

@@ -25,7 +25,7 @@ void project(const layer_attention::Filters<A>& a, A* q, A* k) {
     });
 }
 
-// From the gradients of q and k those of the features and the filters, and what is added to that of the gates.
+// From the gradients of q and k those of the features and the filters; grad_gates is added to.
 template <class A>
 void project_backward(const layer_attention::Filters<A>& a, const A* grad_q, const A* grad_k, A* grad_features,
                       A* grad_gates, A* grad_query_weight, A* grad_key_weights) {

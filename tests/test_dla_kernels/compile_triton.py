@@ -127,17 +127,14 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memor
     def layer_attention(op):
         T = 20  # a launch of 16 maps, which hands its sum to one of 4
         for filters in (1, T):
-            vectors = v(B, T, C), v(B, T, C), v(1, 1, 5), v(filters, 1, 5)
-            op.project(*vectors)
-            op.project_backward(v(B, C), v(B, T, C), v(B, T, C), *vectors)
-        attention, values = (v(B, C), v(B, T, C)), [m() for _ in range(T)]
-        layers = m(), v(C, 1, 3, 3), values[1:], v(B, T, C)
-        op.forward(*attention, *layers, 32)
-        op.folded(*attention, *layers, v(C), v(C), v(C), v(C), 1e-5, 32)
-        op.backward(
-            m(), m(), v(B, C), m(), *(v(C) for _ in range(6)), v(B), 1e-5, 9, *attention, *layers[:2], values,
-            layers[3], [m() for _ in range(T)], [v(B, T + j + 1, C) for j in range(T)], 32, True, True,
-        )  # fmt: skip
+            attention = v(B, T, C), v(B, T, C), v(1, 1, 5), v(filters, 1, 5), m(), v(C, 1, 3, 3)
+            values = [m() for _ in range(T)]
+            op.forward(*attention, values[1:], 32)
+            op.folded(*attention, values[1:], v(C), v(C), v(C), v(C), 1e-5, 32)
+            op.backward(
+                m(), m(), v(B, C), v(B, C), m(), *(v(C) for _ in range(6)), v(B), 1e-5, 9, v(B, C), v(B, T, C),
+                *attention, values, [m() for _ in range(T)], [v(B, T + j + 1, C) for j in range(T)], 32, True, True,
+            )  # fmt: skip
 
     def gap_dsu(op):
         for joint in (True, False):

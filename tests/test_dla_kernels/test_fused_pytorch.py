@@ -43,8 +43,8 @@ LIBRARY_OPS = {
     ],
     "light_update": ["light_update_forward", "norm_residual_forward", "norm_residual_sums", "light_update_backward"],
     "layer_attention": [
-        *["layer_attention_project", "layer_attention_forward", "norm_residual_forward"] * 3,
-        *["norm_residual_sums", "layer_attention_backward", "layer_attention_project_backward"] * 3,
+        *["layer_attention_forward", "norm_residual_forward"] * 3,
+        *["norm_residual_sums", "layer_attention_backward"] * 3,
     ],
 }  # fmt: skip
 

@@ -40,42 +40,32 @@ class Layer(NamedTuple):
     handles: tuple[Handle, ...] = ()
 
 
-def fake_project(
-    features: Tensor, gates: Tensor, query_weight: Tensor, key_weights: Tensor
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return features.new_empty(features.shape[0], features.shape[2]), empty_dense_like(features)
-
-
-def fake_project_backward(
-    grad_q: Tensor, grad_k: Tensor, grad_gates: Tensor, features: Tensor, gates: Tensor, query_weight: Tensor,
-    key_weights: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return tuple(empty_dense_like(t) for t in (features, gates, query_weight, key_weights))
-
-
 def fake_forward(
-    q: Tensor, k: Tensor, x: Tensor, value_weight: Tensor, prior: Sequence[Tensor], gates: Tensor, head_dim: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    vectors = [empty_dense_like(q) for _ in range(3)]
-    return empty_map_like(x), *vectors[:2], empty_map_like(x), vectors[2]
+    features: Tensor, gates: Tensor, query_weight: Tensor, key_weights: Tensor, x: Tensor, value_weight: Tensor,
+    prior: Sequence[Tensor], head_dim: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    mean, var, pooled, key, q = (features.new_empty(x.shape[:2]) for _ in range(5))
+    return empty_map_like(x), mean, var, empty_map_like(x), pooled, key, q, empty_dense_like(features)
 
 
 def fake_folded(
-    q: Tensor, k: Tensor, x: Tensor, value_weight: Tensor, prior: Sequence[Tensor], gates: Tensor, mean: Tensor,
-    var: Tensor, weight: Tensor, bias: Tensor, eps: float, head_dim: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return empty_map_like(x), empty_map_like(x), empty_dense_like(q)
+    features: Tensor, gates: Tensor, query_weight: Tensor, key_weights: Tensor, x: Tensor, value_weight: Tensor,
+    prior: Sequence[Tensor], mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float, head_dim: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    pooled, key = (features.new_empty(x.shape[:2]) for _ in range(2))
+    return empty_map_like(x), empty_map_like(x), pooled, key
 
 
 def fake_backward(
-    grad_out: Tensor, grad_read: Tensor | None, grad_pooled: Tensor | None, o: Tensor, mean: Tensor, var: Tensor,
-    weight: Tensor, bias: Tensor, sum_weight: Tensor | None, sum_bias: Tensor | None, keep: Tensor | None, eps: float,
-    count: int, q: Tensor, k: Tensor, x: Tensor, value_weight: Tensor, values: Sequence[Tensor], gates: Tensor,
+    grad_out: Tensor, grad_read: Tensor | None, grad_pooled: Tensor | None, grad_key: Tensor | None, o: Tensor,
+    mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, sum_weight: Tensor | None, sum_bias: Tensor | None,
+    keep: Tensor | None, eps: float, count: int, q: Tensor, k: Tensor, features: Tensor, gates: Tensor,
+    query_weight: Tensor, key_weights: Tensor, x: Tensor, value_weight: Tensor, values: Sequence[Tensor],
     later_grads: Sequence[Tensor], later_weights: Sequence[Tensor], head_dim: int, need_x: bool, need_value: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return (
-        *(empty_dense_like(t) for t in (q, k, gates)),
         empty_map_like(o) if need_x else o.new_empty(0),
+        *(empty_dense_like(t) for t in (features, gates, query_weight, key_weights)),
         empty_dense_like(value_weight) if need_value else value_weight.new_empty(0),
         empty_map_like(o),
         empty_dense_like(gates),
@@ -87,12 +77,9 @@ RELU = norm_residual.RELU["branch"]
 
 #: {backend: its ops}
 BACKENDS = {
-    name: module.library_ops(
-        "layer_attention", project=fake_project, project_backward=fake_project_backward, forward=fake_forward,
-        folded=fake_folded, backward=fake_backward,
-    )
+    name: module.library_ops("layer_attention", forward=fake_forward, folded=fake_folded, backward=fake_backward)
     for name, module in (("native", native), ("triton", triton))
-}  # fmt: skip
+}
 
 
 def folded(
@@ -100,11 +87,11 @@ def folded(
     prior: Sequence[Tensor], norm: BatchNorm, head_dim: int, backend: str,
 ) -> tuple[Tensor, Layer]:  # fmt: skip
     """The op without gradients and with constant statistics."""
-    q, k = BACKENDS[backend].project(features, gates, query_weight, key_weights)
-    out, value, pooled = BACKENDS[backend].folded(
-        q, k, x, value_weight, prior, gates, *norm.constants, norm.weight, norm.bias, norm.eps, head_dim
+    out, value, pooled, key = BACKENDS[backend].folded(
+        features, gates, query_weight, key_weights, x, value_weight, prior, *norm.constants, norm.weight, norm.bias,
+        norm.eps, head_dim,
     )  # fmt: skip
-    return out, Layer(value, pooled, k[:, -1])
+    return out, Layer(value, pooled, key)
 
 
 def attend(
@@ -135,8 +122,9 @@ class LayerAttention(Function):
         group, followers, backend, prior, *rest,
     ):  # fmt: skip
         ops, norm_ops, share = BACKENDS[backend], norm_residual.BACKENDS[backend], None
-        q, k = ops.project(features, gates, query_weight, key_weights)
-        o, o_mean, o_var, value, pooled = ops.forward(q, k, x, value_weight, rest[:prior], gates, head_dim)
+        o, o_mean, o_var, value, pooled, key, q, k = ops.forward(
+            features, gates, query_weight, key_weights, x, value_weight, rest[:prior], head_dim
+        )
         if mean is None:
             mean, var, share = norm_residual.batch_statistics(o_mean, o_var, group, norm_residual.count_of(x))
         out, _, mean, var = norm_ops.forward(x, o, mean, var, weight, bias, keep, eps, RELU)
@@ -146,7 +134,7 @@ class LayerAttention(Function):
             of_map, of_weights = value.new_empty(1), q.new_empty(1)
             for later in range(followers):
                 edges += of_map.expand(value.shape), of_weights.expand(batch, layers + later + 1, channels)
-        return out, value, pooled, k[:, -1].clone(), *edges, q, k, o, mean, var, share
+        return out, value, pooled, key, *edges, q, k, o, mean, var, share
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -167,7 +155,6 @@ class LayerAttention(Function):
         edges = edges[: 2 * (len(edges) // 2 - 3)]  # the other six are detached
         saved = ctx.saved_tensors  # once: checkpointing computes it anew at every look
         (x, *attention, value_weight, o, mean, var, share, weight, bias, keep, q, k), values = saved[:15], saved[15:]
-        _, gates, *_ = attention
         if grad_out is None:
             grad_out = torch.zeros_like(o)
         later_grads = [g for g in edges[::2] if g is not None]
@@ -179,16 +166,11 @@ class LayerAttention(Function):
             grad_out, None, o, None, *shared, keep, ctx.eps, RELU, need_keep
         )
         sums = gradient_sums(ctx.group, share, grad_weight, grad_bias) if ctx.own_statistics else (None, None)
-        grad_q, grad_k, grad_gates, grad_x, grad_value_weight, grad_o, weights = ops.backward(
-            grad_out, grad_read, grad_pooled, o, *shared, *sums, keep, ctx.eps, norm_residual.count_of(o), q, k, x,
-            value_weight, values, gates, later_grads, later_weights, ctx.head_dim, need_x, need_value,
+        *found, grad_o, weights = ops.backward(
+            grad_out, grad_read, grad_pooled, grad_key, o, *shared, *sums, keep, ctx.eps, norm_residual.count_of(o),
+            q, k, *attention, x, value_weight, values, later_grads, later_weights, ctx.head_dim, need_x, need_value,
         )  # fmt: skip
-        of_attention = (None,) * 4
-        if any(needs[1:5]):
-            if grad_key is not None:
-                grad_k[:, -1] += grad_key
-            of_attention = ops.project_backward(grad_q, grad_k, grad_gates, *attention)
-        found = grad_x, *of_attention, grad_value_weight, grad_weight, grad_bias, grad_keep
+        found += grad_weight, grad_bias, grad_keep
         grads = tuple(grad if need else None for grad, need in zip(found, needs[:9], strict=True))
         factors = (grad_o, weights) * ctx.handles
         grads = double_backward.once(

@@ -284,47 +284,52 @@ def _sums_between(like: Tensor, launches: int) -> list[Map | None]:
 
 
 def forward(
-    q: Tensor,  # [B, C]
-    k: Tensor,  # [B, T, C]
+    features: Tensor,  # [B, T, C]
+    gates: Tensor,  # [B, T, C]
+    query_weight: Tensor,  # [1, 1, K]
+    key_weights: Tensor,  # [T or 1, 1, K]
     x: Tensor,  # [B, C, H, W]
     value_weight: Tensor,  # [C, 1, 3, 3]
     prior: Sequence[Tensor],  # T - 1 of [B, C, H, W]
-    gates: Tensor,  # [B, T, C]
     head_dim: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q, k = project(features, gates, query_weight, key_weights)
     value, pooled = value_map(x, value_weight)
     o, mean, var = empty_map_like(value), q.new_empty(q.shape), q.new_empty(q.shape)
     _run_forward(q, k, [*prior, value], gates, value, head_dim, o=o, moments=(mean, var))
-    return o, mean, var, value, pooled
+    return o, mean, var, value, pooled, k[:, -1].clone(), q, k
 
 
 def folded(
-    q: Tensor,  # [B, C]
-    k: Tensor,  # [B, T, C]
+    features: Tensor,  # [B, T, C]
+    gates: Tensor,  # [B, T, C]
+    query_weight: Tensor,  # [1, 1, K]
+    key_weights: Tensor,  # [T or 1, 1, K]
     x: Tensor,  # [B, C, H, W]
     value_weight: Tensor,  # [C, 1, 3, 3]
     prior: Sequence[Tensor],  # T - 1 of [B, C, H, W]
-    gates: Tensor,  # [B, T, C]
     mean: Tensor,  # [C]
     var: Tensor,  # [C]
     weight: Tensor,  # [C]
     bias: Tensor,  # [C]
     eps: float,
     head_dim: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = walkable(x)
+    q, k = project(features, gates, query_weight, key_weights)
     value, pooled = value_map(x, value_weight)
     out = empty_map_like(x)
     _run_forward(
         q, k, [*prior, value], gates, x, head_dim, x=x, norm=(mean, var, weight, bias), eps=eps, out=out
     )  # fmt: skip
-    return out, value, pooled
+    return out, value, pooled, k[:, -1].clone()
 
 
 def backward(
     grad_out: Tensor,  # [B, C, H, W]
     grad_read: Tensor | None,  # [B, C, H, W]
     grad_pooled: Tensor | None,  # [B, C]
+    grad_key: Tensor | None,  # [B, C]
     o: Tensor,  # [B, C, H, W]
     mean: Tensor,  # [C]
     var: Tensor,  # [C]
@@ -337,16 +342,19 @@ def backward(
     count: int,
     q: Tensor,  # [B, C]
     k: Tensor,  # [B, T, C]
+    features: Tensor,  # [B, T, C]
+    gates: Tensor,  # [B, T, C]
+    query_weight: Tensor,  # [1, 1, K]
+    key_weights: Tensor,  # [T or 1, 1, K]
     x: Tensor,  # [B, C, H, W]
     value_weight: Tensor,  # [C, 1, 3, 3]
     values: Sequence[Tensor],  # T of [B, C, H, W]
-    gates: Tensor,  # [B, T, C]
     later_grads: Sequence[Tensor],  # each [B, C, H, W]
     later_weights: Sequence[Tensor],  # each [B, its T, C]
     head_dim: int,
     need_x: bool,
     need_value: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     o, q, k, gates = walkable(o), dense(q), dense(k), dense(gates)
     batch, T, channels = k.shape
     weights = attention_weights(q, k, gates, head_dim)
@@ -381,11 +389,14 @@ def backward(
         _launch_weights(
             _weights_backward, q, T, head_dim, q, k, gates, grad_weights, of_q, of_k, of_gates, channels, T
         )  # fmt: skip
+    if grad_key is not None:
+        of_k[:, -1] += grad_key
+    vectors = project_backward(of_q, of_k, of_gates, features, gates, query_weight, key_weights)
     grad_x, grad_value_weight = o.new_empty(0), value_weight.new_empty(0)
     if need_value:
         grad_value = grad_value if grad_read is None else grad_value + grad_read
         grad_x, grad_value_weight = value_map_backward(grad_out, grad_value, grad_pooled, x, value_weight, need_x)
-    return of_q, of_k, of_gates, grad_x, grad_value_weight, grad_o, weights
+    return grad_x, *vectors, grad_value_weight, grad_o, weights
 
 
 @triton.jit
