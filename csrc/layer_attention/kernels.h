@@ -381,7 +381,6 @@ void backward_rows(const LayerAttentionBackward<T>& a) {
     of_value.grad_out = a.grad_out;
     of_value.grad_o = a.grad_read;
     of_value.o = {a.grad_value.data, a.grad_value.batch, a.grad_value.channel, a.grad_value.pixel};
-    of_value.factor = zeros.get();
     of_value.offset = of_mean.get();
     of_value.residual = zeros.get();
     of_value.slope = ones.get();

@@ -17,7 +17,7 @@ struct OutputGradient {
         const A pixels = A(a.shape.HW());
         const int64_t i = b * a.shape.C + c;
         if (!a.weight) {
-            of_grad = mean = 0;
+            of_grad = mean = 0;  // the former not used: 0 times an infinite gradient is no number
             of_o = 1;
             offset = a.grad_o_mean ? a.grad_o_mean[i] / pixels : A(0);
             return;

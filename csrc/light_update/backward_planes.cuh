@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
         const auto of = [&](const Slab<T>& map) { return map.shared + run * map.pitch + map.offset(map.source(run)); };
         const T *from_out = of(grad_out), *from_o = of(o), *from_grad_o = of(grad_o);
         for (int i = threadIdx.x % kWarp; i < o.length; i += kWarp) {
-            A grad = line.at(widen(from_out[i]), widen(from_o[i]));
+            A grad = line.at(a.weight ? widen(from_out[i]) : A(0), widen(from_o[i]));
             if (a.grad_o) grad += widen(from_grad_o[i]);
             grads[run * o.pitch + i] = grad;
         }

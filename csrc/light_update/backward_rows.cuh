@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2)
                     load<kVector<A>>(line + 3 * kPitch, more);
 #pragma unroll
                     for (int e = 0; e < kVector<A>; ++e) o[e] = factor[e] * o[e] + more[e];
-                    load<kVector<A>>(ring_out + k % kGradOutSlots * slot + from + half, grad);
+                    if (a.weight) load<kVector<A>>(ring_out + k % kGradOutSlots * slot + from + half, grad);
                     load<kVector<A>>(line, factor);
 #pragma unroll
                     for (int e = 0; e < kVector<A>; ++e) grad[e] = factor[e] * grad[e] + o[e];

@@ -180,11 +180,11 @@ void output_gradient(const LightUpdateBackward<T>& a, int64_t b, int64_t p, A* t
     const int64_t C = a.shape.C;
     const T *grad_out = a.grad_out.at(b, 0, p), *grad_o = a.grad_o ? a.grad_o.at(b, 0, p) : nullptr;
     const T* o = a.o.at(b, 0, p);
-    const A *factor = a.factor + b * C, *offset = a.offset + b * C;
+    const A *factor = a.factor ? a.factor + b * C : nullptr, *offset = a.offset + b * C;
     for (int64_t c = 0; c < C; c += kLanes<A>) {
         const int64_t n = C - c;
-        Vec<A> g = load<A>(factor + c, n) * load<A>(grad_out + c, n) +
-                   load<A>(a.slope + c, n) * (load<A>(o + c, n) - load<A>(a.mean + c, n)) + load<A>(offset + c, n);
+        Vec<A> g = load<A>(a.slope + c, n) * (load<A>(o + c, n) - load<A>(a.mean + c, n)) + load<A>(offset + c, n);
+        if (factor) g += load<A>(factor + c, n) * load<A>(grad_out + c, n);
         if (grad_o) g += load<A>(grad_o + c, n);
         store<A>(to + c, g);
     }

@@ -13,6 +13,7 @@ from cuda_on_cpu import backend, build
 from helpers import assert_close
 from test_dla_kernels.cases import MAKE, ROWS, TYPICAL
 from test_dla_kernels.test_fused import LIMITS, check
+from test_dla_kernels.test_layer_attention import check_infinite_gradient
 
 import dla_kernels
 from dla_kernels import native
@@ -89,6 +90,12 @@ def test_nan_and_infinity_pass(op, value, order):
                 # At the border the kernels multiply the padding's zero by the tap, which the reference leaves out.
                 actual, expected = actual[..., 1:-1, 1:-1], expected[..., 1:-1, 1:-1]
             assert torch.equal(actual.isfinite(), expected.isfinite()), f"{name}, output {i}"
+
+
+@pytest.mark.skipif("layer_attention" not in build.OPS, reason="of layer_attention")
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_infinite_gradient(memory_format, order):
+    check_infinite_gradient(backend.NAME, memory_format)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)

@@ -101,6 +101,27 @@ def test_a_value_map_read_elsewhere_gets_both_gradients(backend):
         assert_close(a, b, 1e-12)
 
 
+def check_infinite_gradient(backend, memory_format):
+    """One that a ReLU of zero meets stays at its pixel."""
+    (x,), features, gates, (query_weight,), (key_weight,), (value_weight,), norm = arguments(2, 32, 5, 5, 1)
+    zeros, bias = torch.zeros(2, 32, dtype=torch.float64), torch.full_like(norm.bias, -1e3)
+    norm = BatchNorm(norm.weight, bias, zeros[0], 1 + zeros[1], training=False)
+    x = x.contiguous(memory_format=memory_format)
+    require_grad(x, value_weight)
+    out, _ = layer_attention(x, features, gates, query_weight, key_weight, value_weight, [], norm, backend=backend)
+    direction = torch.zeros_like(out)
+    direction[0, 3, 2, 2] = torch.inf
+    grad_x, grad_weight = torch.autograd.grad(out, [x, value_weight], direction)
+    assert torch.equal(grad_x, direction)
+    assert torch.equal(grad_weight, torch.zeros_like(grad_weight))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_infinite_gradient(backend, memory_format):
+    check_infinite_gradient(backend, memory_format)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_frozen_layers_need_no_handles(backend):
     given = maps, *_ = arguments(2, 4, 3, 2, 2)

@@ -198,9 +198,10 @@ def _backward(
     C = area.channels
     W = area.width
     rows, columns = extent(area, top, left)
-    A: tl.constexpr = mean.dtype.element_ty
+    A: tl.constexpr = value_weight.dtype.element_ty
     a = attention(y + b * C, query_weight, key_weight, c, C, HEAD_DIM, BLOCK_D, TAPS)
-    center, inverse, scale, _ = normalisation(mean, var, weight, weight, c, C, EPS)
+    if weight is not None:
+        center, inverse, scale, _ = normalisation(mean, var, weight, weight, c, C, EPS)
     from_out = pooled_gradient(grad_out_mean, b, c, C, area.height * W, A, BLOCK_C)
     from_o = pooled_gradient(grad_o_mean, b, c, C, area.height * W, A, BLOCK_C)
     mean_weight, mean_bias = means(sum_weight, sum_bias, count, c, C)
@@ -242,9 +243,9 @@ def _backward(
                 grad = load(grad_out, b, c, first, exists, A) + from_out
                 if dx == 0:
                     own = grad
-                of_o = through_norm(
-                    grad * factor, load(o, b, c, first, exists, A) - center, inverse, scale, mean_bias, mean_weight
-                )  # fmt: skip
+                of_o = load(o, b, c, first, exists, A)
+                if weight is not None:
+                    of_o = through_norm(grad * factor, of_o - center, inverse, scale, mean_bias, mean_weight)
                 if grad_o is not None:
                     of_o += load(grad_o, b, c, first, exists, A)
                 d = d + (tl.where(exists, of_o + from_o, 0.0),)
@@ -434,9 +435,9 @@ def backward(
     grad_o: Tensor | None,  # [B, C, H, W]
     grad_o_mean: Tensor | None,  # [B, C]
     o: Tensor,  # [B, C, H, W]
-    mean: Tensor,  # [C]
-    var: Tensor,  # [C]
-    weight: Tensor,  # [C]
+    mean: Tensor | None,  # [C]
+    var: Tensor | None,  # [C]
+    weight: Tensor | None,  # [C]
     sum_weight: Tensor | None,  # [C]
     sum_bias: Tensor | None,  # [C]
     keep: Tensor | None,  # [B]
@@ -507,15 +508,13 @@ def value_map_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x and weight, given those of :func:`value_map`'s two outputs, and of x so far.
 
-    Where the filters of query and key are zero the attention is sigmoid(0) = 1/2; twice the weight undoes it exactly. A
-    BatchNorm of weight zero lets ``grad_x`` through to x and nothing of it to the value map. What it normalises does
-    not matter then: the gradient itself, which is read anyway.
+    Where the filters of query and key are zero the attention is sigmoid(0) = 1/2; twice the weight undoes it exactly.
+    Without a BatchNorm o's place is its gradient's.
     """
-    batch, channels = x.shape[:2]
-    zeros = weight.new_zeros(batch + 1, channels)
-    y, none, filter = zeros[1:], zeros[0], zeros[0, :1].view(1, 1, 1)
+    y = weight.new_zeros(x.shape[:2])
+    filter = weight.new_zeros(1, 1, 1)
     grad_x, _, _, _, grad_weight, *_ = backward(
-        grad_x, None, grad, grad_mean, grad, none, none, none, None, None, None, 1.0, 1, x, y, filter, filter,
-        2 * weight, None, None, None, None, channels, need_x, False,
+        grad_x, None, None, grad_mean, grad, *(None,) * 6, 1.0, 1, x, y, filter, filter, 2 * weight, *(None,) * 4,
+        x.shape[1], need_x, False,
     )  # fmt: skip
     return grad_x, 2 * grad_weight
