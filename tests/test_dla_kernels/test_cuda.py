@@ -115,7 +115,8 @@ def run_large(op, x, other, of_samples, of_channels):
         for t, m in enumerate((other, x)):
             features = torch.stack([y, h][: t + 1], 1)
             out, layer = dla_kernels.layer_attention(
-                m, features, features, line, [line] * (t + 1), stencil, prior, norm, None, 32, 1 - t, backend="native"
+                m, features, features, line, line.repeat(t + 1, 1, 1), stencil, prior, norm, head_dim=32,
+                followers=1 - t, backend="native",
             )
             prior.append(layer)
         outputs = (out, layer.pooled)
