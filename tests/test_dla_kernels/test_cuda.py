@@ -117,7 +117,7 @@ def run_large(op, x, other, of_samples, of_channels):
             out, layer = dla_kernels.layer_attention(
                 m, features, features, line, line.repeat(t + 1, 1, 1), stencil, prior, norm, head_dim=32,
                 followers=1 - t, backend="native",
-            )
+            )  # fmt: skip
             prior.append(layer)
         outputs = (out, layer.pooled)
     else:
