@@ -91,8 +91,10 @@ struct DsuRows {
     // Calls body(rows) for each group of rows that the block has: one, where blocks share a group.
     template <class Body>
     static __device__ __forceinline__ void each_group(int64_t count, const Body& body) {
-        for (unsigned group = blockIdx.x; int64_t(group) * kDsuRows < count; group += gridDim.x)
+        // A wider counter costs a register too many on sm_80.
+        for (unsigned group = blockIdx.x; int64_t(group) * kDsuRows < count; group += gridDim.x) {
             body(DsuRows(count, group));
+        }
     }
     __device__ __forceinline__ int64_t row(int i) const { return min(first + i, count - 1); }
     __device__ __forceinline__ bool has(int i) const { return first + i < count; }
