@@ -6,16 +6,19 @@ import torch
 from torch import Tensor
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """||actual - expected|| / ||expected|| in float64; NaN where either holds one."""
+def relative_error(actual: Tensor, expected: Tensor, at_least: float = 0.0) -> float:
+    """||actual - expected|| / ||expected|| in float64, that norm taken for ``at_least`` so much; NaN where either holds
+    one."""
     actual, expected = actual.detach().double(), expected.detach().double()
     assert actual.shape == expected.shape, f"shapes {tuple(actual.shape)} and {tuple(expected.shape)}"
-    difference, scale = (actual - expected).norm(), expected.norm()
+    difference, scale = (actual - expected).norm(), expected.norm().clamp(min=at_least)
     return (difference / scale if scale > 0 else difference).item()
 
 
-def assert_close(actual: Tensor, expected: Tensor, limit: float, name: str = "output") -> None:
-    error = relative_error(actual, expected)
+def assert_close(
+    actual: Tensor, expected: Tensor, limit: float, name: str = "output", at_least: float = 0.0
+) -> None:  # fmt: skip
+    error = relative_error(actual, expected, at_least)
     assert error <= limit, f"{name}: relative error {error:.2e}, limit {limit:.0e}"
 
 
