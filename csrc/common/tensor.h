@@ -72,6 +72,17 @@ Map<T> map_of(const Tensor& x) {
     return {data, x.stride(0), x.stride(1), pixel_stride(x)};
 }
 
+// The same, null for an empty tensor and where there is none.
+template <class T>
+Map<T> map_if(const Tensor& x) {
+    return x.numel() > 0 ? map_of<T>(x) : Map<T>{};
+}
+
+template <class T>
+Map<T> map_if(const std::optional<Tensor>& x) {
+    return x ? map_if<T>(*x) : Map<T>{};
+}
+
 // Vectors and weights: small, and contiguous from here on.
 inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
@@ -126,6 +137,9 @@ inline Tensor new_state(const Tensor& map, std::initializer_list<int64_t> sizes)
 inline Tensor new_like(const Tensor& x) {
     return x.is_contiguous() ? new_tensor(x, x.sizes()) : torch::stable::empty_like(x);
 }
+
+// A map like this one, or the empty tensor that stands for one that is not needed.
+inline Tensor map_or_empty(bool need, const Tensor& like) { return need ? new_like(like) : new_tensor(like, {0}); }
 
 // Calls body with a null pointer to the map's element type, of which the two 16-bit ones have names of their own on
 // every device.

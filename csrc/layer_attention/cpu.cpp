@@ -222,9 +222,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
     const int64_t layers = k.size(1), later = static_cast<int64_t>(later_grads.size());
     const Tensor grad_features = new_like(features), grad_gates = new_like(gates), weights = new_like(gates);
     const Tensor grad_query_weight = new_like(query_weight), grad_key_weights = new_like(key_weights);
-    const auto map_if_needed = [&](bool need) { return need ? new_like(o) : new_tensor(o, {0}); };
-    const Tensor grad_o = new_like(o), grad_x = map_if_needed(need_x);
-    const Tensor grad_value = map_if_needed(need_value && channels_last);
+    const Tensor grad_o = new_like(o), grad_x = map_or_empty(need_x, o);
+    const Tensor grad_value = map_or_empty(need_value && channels_last, o);
     const Tensor grad_value_weight = need_value ? new_like(value_weight) : new_tensor(value_weight, {0});
     on_dtype(o, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
@@ -263,10 +262,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
                                              products.get(),
                                              need_value ? map_of<const T>(x) : Map<const T>{},
                                              data_of<A>(value_weight),
-                                             grad_read ? map_of<const T>(*grad_read) : Map<const T>{},
+                                             map_if<const T>(grad_read),
                                              data_of<A>(grad_pooled),
-                                             need_value && channels_last ? map_of<T>(grad_value) : Map<T>{},
-                                             need_x ? map_of<T>(grad_x) : Map<T>{},
+                                             map_if<T>(grad_value),
+                                             map_if<T>(grad_x),
                                              value_products.get()};
         if (channels_last) {
             DLA_ON_ISA(backward_rows<T>(args));

@@ -36,8 +36,8 @@ constexpr int kProducts = 18;
 template <class T>
 struct LightUpdateBackward : LightUpdateWeights<Acc<T>> {
     Shape shape;
-    // The gradient of o is factor * grad_out + slope * (o - mean) + offset, plus grad_o, which may be null, as factor in
-    // channels_last; that of x takes grad_out + residual besides what flows through the filters.
+    // The gradient of o is factor * grad_out + slope * (o - mean) + offset, plus grad_o, which may be null, as factor
+    // in channels_last; that of x takes grad_out + residual besides what flows through the filters.
     Map<const T> grad_out, grad_o, o;
     const Acc<T>*factor, *offset, *residual;  // [B, C]
     const Acc<T>*slope, *mean;                // [C]

@@ -48,11 +48,6 @@ struct Inputs {
     }
 };
 
-template <class T>
-Map<const T> map_if(const std::optional<Tensor>& t) {
-    return t ? map_of<const T>(*t) : Map<const T>{};
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> light_update_forward(const Tensor& x_, const Tensor& y, const Tensor& query_weight,
@@ -78,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> light_update_forward(const Tensor& x_, const 
         using A = Acc<T>;
         const Attention<A> attention(s, in.y, in.query_weight, in.key_weight, head_dim);
         const LightUpdateForward<T> args{in.weights(attention),  s,
-                                         map_of<const T>(x),     map_if<T>(in.carried),
+                                         map_of<const T>(x),     map_if<const T>(in.carried),
                                          map_of<T>(o),           mutable_data_of<A>(mean),
                                          mutable_data_of<A>(var)};
         if (s.B * s.C > 0) DLA_ON_ISA(forward<T>(args, channels_last));
@@ -104,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> light_update_folded(
                     dense(carry_weight)};
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
     const Shape s = shape_of(x);
-    const Tensor out = new_like(x), o = need_o ? new_like(x) : new_tensor(x, {0});
+    const Tensor out = new_like(x), o = map_or_empty(need_o, x);
     const Tensor out_mean = new_tensor(y, {s.B, s.C}), o_mean = new_tensor(y, {s.B, s.C});
     on_dtype(x, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
@@ -114,8 +109,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> light_update_folded(
         const LightUpdateForward<T> args{in.weights(attention),
                                          s,
                                          map_of<const T>(x),
-                                         map_if<T>(in.carried),
-                                         need_o ? map_of<T>(o) : Map<T>{},
+                                         map_if<const T>(in.carried),
+                                         map_if<T>(o),
                                          mutable_data_of<A>(o_mean),
                                          nullptr,
                                          map_of<T>(out),
@@ -154,9 +149,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const auto sum_weight = dense(sum_weight_), sum_bias = dense(sum_bias_), keep = dense(keep_);
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_);
     const Shape s = shape_of(o);
-    const auto new_map = [&](bool need) { return need ? new_like(o) : new_tensor(o, {0}); };
     const auto like = [&](const std::optional<Tensor>& t) { return t ? new_like(*t) : new_tensor(y, {0}); };
-    const Tensor grad_x = new_map(need_x), grad_carried = new_map(need_carried);
+    const Tensor grad_x = map_or_empty(need_x, o), grad_carried = map_or_empty(need_carried, o);
     const Tensor grad_y = like(in.y), grad_query_weight = like(in.query_weight), grad_key_weight = like(in.key_weight);
     const Tensor grad_value_weight = like(in.value_weight), grad_carry_scale = like(in.carry_scale);
     const Tensor grad_gate = like(in.gate), grad_carry_weight = like(in.carry_weight);
@@ -178,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
         const LightUpdateBackward<T> args{in.weights(attention),
                                           s,
                                           map_of<const T>(grad_out),
-                                          map_if<T>(grad_o),
+                                          map_if<const T>(grad_o),
                                           map_of<const T>(o),
                                           factor.get(),
                                           offset.get(),
@@ -186,9 +180,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
                                           norm.slope.get(),
                                           norm.mean,
                                           map_of<const T>(x),
-                                          map_if<T>(in.carried),
-                                          need_x ? map_of<T>(grad_x) : Map<T>{},
-                                          need_carried ? map_of<T>(grad_carried) : Map<T>{},
+                                          map_if<const T>(in.carried),
+                                          map_if<T>(grad_x),
+                                          map_if<T>(grad_carried),
                                           products.get()};
         if (size > 0) DLA_ON_ISA(backward<T>(args, channels_last));
         const auto data_if = [](const std::optional<Tensor>& there, const Tensor& t) {

@@ -183,7 +183,7 @@ std::tuple<Tensor, Tensor> norm_residual_backward(const Tensor& grad_out_, const
     const auto out = in_layout(out_, is_channels_last(o)), keep = dense(keep_), grad_y = dense(grad_y_);
     const auto sum_weight = dense(sum_weight_), sum_bias = dense(sum_bias_);
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
-    const Tensor grad_x = need_x ? new_like(o) : new_tensor(o, {0});
+    const Tensor grad_x = map_or_empty(need_x, o);
     const Tensor grad_o = new_like(o);
     on_dtype(o, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;

@@ -16,19 +16,6 @@ void on_cuda_dtype(const Tensor& x, const Body& body) {
     on_dtype_of<__nv_bfloat16, __half>(x, body);
 }
 
-// A map like this one, or the empty tensor that stands for one that is not needed.
-inline Tensor map_or_empty(bool need, const Tensor& like) { return need ? new_like(like) : new_tensor(like, {0}); }
-
-template <class T>
-Map<T> map_if(const Tensor& x) {
-    return x.numel() > 0 ? map_of<T>(x) : Map<T>{};
-}
-
-template <class T>
-Map<T> map_if(const std::optional<Tensor>& x) {
-    return x ? map_if<T>(*x) : Map<T>{};
-}
-
 template <class A>
 A* mutable_data_if(const Tensor& x) {
     return x.numel() > 0 ? mutable_data_of<A>(x) : nullptr;
