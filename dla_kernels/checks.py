@@ -14,6 +14,7 @@ GATES = ("context", "hidden")
 #: What a tensor's sizes must be: a number stands for itself, a known name for the size that it was bound to, a new name
 #: for whatever comes.
 Layout = tuple[str | int, ...]
+MAP: Layout = ("B", "C", "H", "W")
 MAP_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -36,7 +37,7 @@ class Checker:
     def fail(self, message: str) -> None:
         raise ValueError(f"{self.op}: {message}")
 
-    def map(self, name: str, x: Tensor, layout: Layout = ("B", "C", "H", "W")) -> None:
+    def map(self, name: str, x: Tensor, layout: Layout = MAP) -> None:
         """An activation map; all maps of a call share one dtype."""
         if self._as_before("map", x, layout):
             return
@@ -50,7 +51,7 @@ class Checker:
 
     def maps(self, name: str, xs: Sequence[Tensor]) -> None:
         """Further maps, each like the first one in all."""
-        passed = self.passed["map", ("B", "C", "H", "W")]
+        passed = self.passed["map", MAP]
         for i, x in enumerate(xs):
             if not isinstance(x, Tensor) or passed != (x.shape, x.dtype, x.device):
                 self.map(f"{name}[{i}]", x)
