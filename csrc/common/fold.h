@@ -7,26 +7,18 @@ inline Vec<A, N> folded(Vec<A, N> x, Vec<A, N> o, Vec<A, N> scale, Vec<A, N> shi
     return x + (relu ? (normed <= 0 ? Vec<A, N>{} : normed) : normed);
 }
 
-// o [H, W], `pitch` apart, readable up to a whole vector beyond every row -> out, and itself where o_out is given;
-// returns the sum of out.
-template <class A, int N, class T>
-A fold_plane(const A* o, int64_t pitch, int64_t H, int64_t W, const T* x, A scale, A shift, bool relu, T* out,
-             T* o_out) {
-    const auto a = broadcast<A, N>(scale), b = broadcast<A, N>(shift);
-    Vec<A, N> total = {};
-    for (int64_t i = 0; i < H; ++i) {
-        for (int64_t j = 0; j < W; j += N) {
-            const int64_t p = i * W + j, n = W - j;
-            fetch_ahead_to_write(out + p);
-            if (o_out) fetch_ahead_to_write(o_out + p);
-            const auto value = load<A, N>(o + i * pitch + j);
-            if (o_out) store<A, N>(o_out + p, value, n);
-            const auto sum_of = folded<A, N>(load<A, N>(x + p, n), value, a, b, relu);
-            store<A, N>(out + p, sum_of, n);
-            total += keep_lanes<A, N>(sum_of, n);
-        }
-    }
-    return sum<A, N>(total);
+// The n pixels of a plane, o readable up to a whole vector beyond -> out; returns the sum of out.
+template <class A, class T>
+A fold_plane(const A* o, int64_t n, const T* x, A scale, A shift, bool relu, T* out) {
+    const auto a = broadcast(scale), b = broadcast(shift);
+    Vec<A> total = {};
+    Cut<kLanes<A>>(n).each([&](int64_t p, int64_t some) DLA_INLINE {
+        fetch_ahead_to_write(out + p);
+        const auto sum_of = folded<A>(load<A>(x + p, some), load<A>(o + p), a, b, relu);
+        store<A>(out + p, sum_of, some);
+        total += keep_lanes<A>(sum_of, some);
+    });
+    return sum<A>(total);
 }
 
 // The same of channels_last pixels: o [pixels, C], `pitch` apart and readable up to a whole vector beyond C; x, out and

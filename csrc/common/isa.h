@@ -13,6 +13,8 @@
 #define DLA_MULTI_ISA 0
 #endif
 
+#define DLA_INLINE __attribute__((always_inline))
+
 namespace dla {
 
 enum class Isa { baseline, avx2, avx512 };

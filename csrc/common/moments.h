@@ -2,26 +2,15 @@
 // summed in a pass of their own over what still lies in the cache: no sum of squares, so nothing cancels. Included
 // inside an instruction set's namespace.
 
-// o [H, W], `pitch` apart, readable up to a whole vector beyond every row, and its sum -> out and its moments.
-template <class A, int N, class T>
-void finish_plane(const A* o, int64_t pitch, int64_t H, int64_t W, A total, T* out, A& mean, A& var) {
-    mean = total / A(H * W);
-    const int64_t whole = W / N * N;
-    LongSum<A, N> squares;
-    for (int64_t i = 0; i < H; ++i, o += pitch, out += W) {
-        for (int64_t j = 0; j < whole; j += N) {
-            fetch_ahead_to_write(out + j);
-            const Vec<A, N> value = load<A, N>(o + j), centred = value - mean;
-            store<A, N>(out + j, value);
-            squares.add(centred * centred);
-        }
-        if (whole < W) {
-            const Vec<A, N> value = load<A, N>(o + whole), centred = keep_lanes<A, N>(value - mean, W - whole);
-            store<A, N>(out + whole, value, W - whole);
-            squares.add(centred * centred);
-        }
-    }
-    var = squares.total() / A(H * W);
+// The sum of (v - mean)^2 over n numbers.
+template <class T, class A = Acc<T>>
+A squared_deviations(const T* from, int64_t n, A mean) {
+    LongSum<A> total;
+    Cut<kLanes<A>>(n).each([&](int64_t i, int64_t some) DLA_INLINE {
+        const Vec<A> centred = keep_lanes<A>(load<A>(from + i, some) - mean, some);
+        total.add(centred * centred);
+    });
+    return total.total();
 }
 
 // Mean and squared deviations of channels_last pixels, gathered group by group (Chan's formula).

@@ -28,11 +28,11 @@ inline Vec<A, N> broadcast(A value) {
 // of a function that does nothing else for one without an effect.
 constexpr int64_t kFetchAhead = 2048;  // bytes
 template <class T>
-__attribute__((always_inline)) inline void fetch_ahead(const T* p) {
+DLA_INLINE inline void fetch_ahead(const T* p) {
     __builtin_prefetch(reinterpret_cast<const char*>(p) + kFetchAhead);
 }
 template <class T>
-__attribute__((always_inline)) inline void fetch_ahead_to_write(const T* p) {
+DLA_INLINE inline void fetch_ahead_to_write(const T* p) {
     __builtin_prefetch(reinterpret_cast<const char*>(p) + kFetchAhead, 1);
 }
 
@@ -207,10 +207,49 @@ inline Vec<A, N> drop_lanes(Vec<A, N> v, int64_t n) {
     return first_lanes<A, N>(n) ? Vec<A, N>{} : v;
 }
 
-// load(p, n) where `room` numbers from p on are readable: faster, where that is a whole vector.
+// load(p, n), once: GCC would read memory anew for every product with the vector.
 template <class A, int N = kLanes<A>, class T>
-inline Vec<A, N> load(const T* p, int64_t n, int64_t room) {
-    return room >= N ? keep_lanes<A, N>(load<A, N>(p), n) : load<A, N>(p, n);
+DLA_INLINE inline Vec<A, N> load_once(const T* p, int64_t n = N) {
+    Vec<A, N> v = load<A, N>(p, n);
+#if DLA_MULTI_ISA
+    asm("" : "+v"(v));
+#endif
+    return v;
+}
+
+// p, of which GCC then does not know that it has read from there.
+template <class T>
+DLA_INLINE inline const T* read_anew(const T* p) {
+#if DLA_MULTI_ISA
+    asm("" : "+r"(p));
+#endif
+    return p;
+}
+
+// Numbers in vectors: whole ones, then a tail, whose length, and masks made of it, no loop works out anew.
+template <int N>
+struct Cut {
+    int64_t whole, tail;
+
+    explicit Cut(int64_t n) : whole(n / N * N), tail(n - whole) {}
+
+    // Calls body(i, n) for the n numbers from i on, one vector after the other.
+    template <class Body>
+    DLA_INLINE inline void each(const Body& body) const {
+        for (int64_t i = 0; i < whole; i += N) body(i, N);
+        if (tail > 0) body(whole, tail);
+    }
+    int64_t last() const { return tail > 0 ? whole : whole - N; }
+    int64_t last_size() const { return tail > 0 ? tail : N; }
+};
+
+// v as a map of type T keeps it.
+template <class T, class A, int N = kLanes<A>>
+inline Vec<A, N> as_kept(Vec<A, N> v) {
+    if constexpr (std::is_same_v<T, A>) return v;
+    T kept[N];
+    store<A, N>(kept, v);
+    return load<A, N>(kept);
 }
 
 template <class V, int kFrom, int... I>
@@ -245,7 +284,7 @@ template <class A, int N = kLanes<A>>
 struct LongSum {
     Vec<A, N> parts[4] = {};
 
-    __attribute__((always_inline)) inline void add(Vec<A, N> v) {
+    DLA_INLINE inline void add(Vec<A, N> v) {
         const Vec<A, N> next = parts[0] + v;
         parts[0] = parts[1];
         parts[1] = parts[2];

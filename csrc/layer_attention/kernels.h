@@ -61,7 +61,7 @@ inline void by_four(int64_t maps, const Body& body) {
 // whole vector beyond.
 template <class T, class A = Acc<T>>
 void add_planes(const Streams<T>& streams, int64_t first, int64_t last, int64_t n, A* o, int64_t pitch) {
-    by_four(streams.count, [&](int64_t m, auto count) __attribute__((always_inline)) {
+    by_four(streams.count, [&](int64_t m, auto count) DLA_INLINE {
         constexpr int N = kLanes<A>;
         A* at = o;
         for (int64_t c = first; c < last; ++c, at += pitch) {
@@ -71,16 +71,11 @@ void add_planes(const Streams<T>& streams, int64_t first, int64_t last, int64_t 
                 weights[i] = broadcast(streams.weights[(m + i) * streams.C + c]);
                 maps[i] = streams.maps[m + i].at(streams.b, c, 0);
             }
-            int64_t p = 0;
-            for (; p + N <= n; p += N) {
+            Cut<N>(n).each([&](int64_t p, int64_t some) DLA_INLINE {
                 auto total = load<A>(at + p);
-                for (int i = 0; i < count(); ++i) total += weights[i] * load<A>(maps[i] + p);
+                for (int i = 0; i < count(); ++i) total += weights[i] * load<A>(maps[i] + p, some);
                 store<A>(at + p, total);
-            }
-            if (p == n) continue;
-            auto total = load<A>(at + p);
-            for (int i = 0; i < count(); ++i) total += weights[i] * load<A>(maps[i] + p, n - p);
-            store<A>(at + p, total);
+            });
         }
     });
 }
@@ -88,19 +83,17 @@ void add_planes(const Streams<T>& streams, int64_t first, int64_t last, int64_t 
 // The sums of each plane of g [n], `pitch` apart and zeros up to a whole vector beyond, times each map's: [count, C].
 template <class T, class A = Acc<T>>
 void dot_planes(const A* g, int64_t pitch, const Streams<T>& streams, int64_t first, int64_t last, int64_t n, A* sums) {
-    by_four(streams.count, [&](int64_t m, auto count) __attribute__((always_inline)) {
+    by_four(streams.count, [&](int64_t m, auto count) DLA_INLINE {
         constexpr int N = kLanes<A>;
         const A* at = g;
         for (int64_t c = first; c < last; ++c, at += pitch) {
             Vec<A> totals[count()] = {};
             const T* maps[count()];
             for (int i = 0; i < count(); ++i) maps[i] = streams.maps[m + i].at(streams.b, c, 0);
-            int64_t p = 0;
-            for (; p + N <= n; p += N) {
+            Cut<N>(n).each([&](int64_t p, int64_t some) DLA_INLINE {
                 const auto v = load<A>(at + p);
-                for (int i = 0; i < count(); ++i) totals[i] += v * load<A>(maps[i] + p);
-            }
-            for (int i = 0; p < n && i < count(); ++i) totals[i] += load<A>(at + p) * load<A>(maps[i] + p, n - p);
+                for (int i = 0; i < count(); ++i) totals[i] += v * load<A>(maps[i] + p, some);
+            });
             for (int i = 0; i < count(); ++i) sums[(m + i) * streams.C + c] = sum<A>(totals[i]);
         }
     });
@@ -130,52 +123,60 @@ void add_pixel(const Map<const T>* maps, const A* weights, int64_t count, int64_
     }
 }
 
-// One plane of the layer's own value map, and o = weight * that, as the map keeps it; returns its sum.
-template <int M, int K, class T, class A = Acc<T>>
-A value_plane(const LayerAttentionForward<T>& a, int64_t b, int64_t c, A weight, A* o) {
-    const int64_t H = a.shape.H, W = a.shape.W;
-    const A* filter = a.value_weight + c * 9;
+// One plane of the layer's own value map, and o = weight * that, as the map keeps it; returns its sum. zeros [W].
+template <int N, int K, class T, class A = Acc<T>>
+A value_plane(const LayerAttentionForward<T>& a, int64_t b, int64_t c, A weight, const T* zeros, A* o) {
     const T* x = a.x.at(b, c, 0);
-    const auto put = [value = a.value.at(b, c, 0), weight, o, W](int64_t i, int64_t j, Vec<A, M> v) {
-        const int64_t p = i * W + j;
-        fetch_ahead_to_write(value + p);
-        store<A, M>(value + p, v, W - j);
-        if constexpr (!std::is_same_v<T, A>) v = load<A, M>(value + p, W - j);
-        store<A, M>(o + p, weight * v, W - j);
-    };
-    A total = 0;
-    for (int64_t j = 0; j < W; j += K * M) {
-        total += forward_band<T, M, K, Carry::none>(x, x, H, W, j, filter, filter, put);
-    }
-    return total;
+    T* value = a.value.at(b, c, 0);
+    const A* filter = a.value_weight + c * 9;
+    const auto weights = broadcast<A, N>(weight);
+    Vec<A, N> total = {};
+    filter_plane<T, N, K, Carry::none>(x, x, a.shape.H, a.shape.W, filter, filter, zeros,
+                                       [&](int64_t p, int64_t n, Vec<A, N> v) DLA_INLINE {
+                                           fetch_ahead_to_write(value + p);
+                                           store<A, N>(value + p, v, n);
+                                           store<A, N>(o + p, weights * as_kept<T, A, N>(v), n);
+                                           total += keep_lanes<A, N>(v, n);
+                                       });
+    return sum<A, N>(total);
 }
 
-template <int M, int K, class T>
+// One plane of o [n], readable up to a whole vector beyond and zeros there, as the map keeps it, and its moments.
+template <class T, class A = Acc<T>>
+void finish_plane(const A* o, int64_t n, T* out, A& mean, A& var) {
+    LongSum<A> total;
+    Cut<kLanes<A>>(n).each([&](int64_t p, int64_t some) DLA_INLINE {
+        const auto v = load<A>(o + p);
+        fetch_ahead_to_write(out + p);
+        store<A>(out + p, v, some);
+        total.add(as_kept<T, A>(v));
+    });
+    mean = total.total() / A(n);
+    var = squared_deviations(out, n, mean) / A(n);
+}
+
+template <int kWidth, int K, class T>
 void forward_planes_of(const LayerAttentionForward<T>& a) {
     using A = Acc<T>;
-    constexpr int N = kLanes<A>;
-    const int64_t HW = a.shape.HW(), C = a.shape.C, pitch = round_up(HW, N);
+    const int64_t HW = a.shape.HW(), C = a.shape.C, pitch = round_up(HW, kLanes<A>);
     const PlaneBlocks blocks(a.shape, pitch, sizeof(A));
     parallel(a.shape.B * blocks.per_sample, a.layers * blocks.planes * HW, [&](int64_t begin, int64_t end) {
         const Scratch<A> sums(blocks.planes * pitch, A(0));  // a plane ends in zeros
+        const Scratch<T> zeros(a.shape.W, T(0));
         blocks.each(begin, end, [&](int64_t b, int64_t first, int64_t last) {
             const A* weights = a.weights + b * a.layers * C;
             A* o = sums.get();
             for (int64_t c = first; c < last; ++c, o += pitch) {
                 const A weight = weights[(a.layers - 1) * C + c];
-                a.pooled[b * C + c] = value_plane<M, K>(a, b, c, weight, o) / A(HW);
+                a.pooled[b * C + c] = value_plane<kWidth, K>(a, b, c, weight, zeros.get(), o) / A(HW);
             }
             add_planes<T>({a.values, a.layers - 1, weights, C, b}, first, last, HW, sums.get(), pitch);
             o = sums.get();
             for (int64_t c = first; c < last; ++c, o += pitch) {
                 if (a.scale) {
-                    fold_plane<A, N>(o, pitch, 1, HW, a.x.at(b, c, 0), a.scale[c], a.shift[c], true, a.out.at(b, c, 0),
-                                     static_cast<T*>(nullptr));
+                    fold_plane(o, HW, a.x.at(b, c, 0), a.scale[c], a.shift[c], true, a.out.at(b, c, 0));
                 } else {
-                    LongSum<A> total;
-                    for (int64_t p = 0; p < HW; p += N) total.add(load<A>(o + p));
-                    finish_plane<A, N>(o, pitch, 1, HW, total.total(), a.o.at(b, c, 0), a.mean[b * C + c],
-                                       a.var[b * C + c]);
+                    finish_plane(o, HW, a.o.at(b, c, 0), a.mean[b * C + c], a.var[b * C + c]);
                 }
             }
         });
@@ -184,7 +185,7 @@ void forward_planes_of(const LayerAttentionForward<T>& a) {
 
 template <class T>
 void forward_planes(const LayerAttentionForward<T>& a) {
-    on_width<Acc<T>>(a.shape.W, [&](auto lanes, auto band) { forward_planes_of<lanes(), band()>(a); });
+    on_width<Acc<T>>(a.shape.W, [&](auto lanes, auto k) { forward_planes_of<lanes(), k()>(a); });
 }
 
 // In channels_last the value map is a pass of its own.
@@ -243,30 +244,29 @@ struct NormVectors {
 };
 
 // A plane of x's gradient and the products for value_weight's, from the layers' part of the value map's gradient,
-// grad [HW]. bordered [H + 2, W] takes all of it, its rows in whole vectors between two rows of zeros.
-template <class T, int N, class A = Acc<T>>
-void value_plane_backward(const LayerAttentionBackward<T>& a, int64_t b, int64_t c, const A* grad, A* bordered) {
-    const auto [B, C, H, W] = a.shape;
-    const int64_t pitch = round_up(W, N);
-    const A of_mean = a.grad_pooled ? a.grad_pooled[b * C + c] / A(H * W) : A(0);
-    const T* read = a.grad_read ? a.grad_read.at(b, c, 0) : nullptr;
+// grad [HW]. rows [H, W] takes all of it, in whole vectors; zeros is such a row.
+template <int N, int K, class T, class A = Acc<T>>
+void value_plane_backward(const LayerAttentionBackward<T>& a, int64_t b, int64_t c, const A* grad, const A* zeros,
+                          A* rows) {
+    const int64_t C = a.shape.C, H = a.shape.H, W = a.shape.W, pitch = round_up(W, N);
+    const Cut<N> cut(W);
+    const auto of_mean = broadcast<A, N>(a.grad_pooled ? a.grad_pooled[b * C + c] / A(H * W) : A(0));
+    const T *grad_out = a.grad_out.at(b, c, 0), *read = a.grad_read ? a.grad_read.at(b, c, 0) : nullptr;
     for (int64_t i = 0; i < H; ++i) {
-        for (int64_t j = 0; j < W; j += N) {
-            const int64_t p = i * W + j, room = (H - i) * W - j;
-            Vec<A, N> g = load<A, N>(grad + p, W - j, room) + of_mean;
-            if (read) g += load<A, N>(read + p, W - j, room);
-            store<A, N>(bordered + (i + 1) * pitch + j, keep_lanes<A, N>(g, W - j));
-        }
+        cut.each([&](int64_t j, int64_t n) DLA_INLINE {
+            Vec<A, N> g = load<A, N>(grad + i * W + j, n) + of_mean;
+            if (read) g += load<A, N>(read + i * W + j, n);
+            store<A, N>(rows + i * pitch + j, keep_lanes<A, N>(g, n));
+        });
     }
-    const A* filter = a.value_weight + c * 9;
-    A products[kProducts];
-    backward_plane<T, N, Carry::none>(bordered + pitch, pitch, a.x.at(b, c, 0), static_cast<const T*>(nullptr),
-                                      a.grad_out.at(b, c, 0), A(0), a.grad_x ? a.grad_x.at(b, c, 0) : nullptr,
-                                      static_cast<T*>(nullptr), H, W, filter, filter, products);
+    A products[kProducts] = {};
+    filter_plane_backward<T, N, K>(rows, zeros, a.x.at(b, c, 0), a.grad_x ? a.grad_x.at(b, c, 0) : nullptr, H, W,
+                                   a.value_weight + c * 9, products,
+                                   [&](int64_t p, int64_t n) DLA_INLINE { return load<A, N>(grad_out + p, n); });
     for (int t = 0; t < kProducts; ++t) a.value_products[(b * kProducts + t) * C + c] = products[t];
 }
 
-template <class T, int kWidth>
+template <int kWidth, int K, class T>
 void backward_planes_of(const LayerAttentionBackward<T>& a) {
     using A = Acc<T>;
     constexpr int N = kLanes<A>;
@@ -275,7 +275,8 @@ void backward_planes_of(const LayerAttentionBackward<T>& a) {
     parallel(a.shape.B * blocks.per_sample, (2 * a.layers + a.later + 9) * blocks.planes * HW,
              [&](int64_t begin, int64_t end) {
                  const Scratch<A> grads(blocks.planes * pitch), value_grads(blocks.planes * pitch);
-                 const Scratch<A> bordered((a.shape.H + 2) * round_up(a.shape.W, kWidth), A(0));
+                 const int64_t row = round_up(a.shape.W, kWidth);
+                 const Scratch<A> rows(a.shape.H * row), zeros(row, A(0));
                  blocks.each(begin, end, [&](int64_t b, int64_t first, int64_t last) {
                      const A keep = a.keep ? a.keep[b] : A(1);
                      const A* weights = a.weights + b * a.layers * C;
@@ -287,12 +288,12 @@ void backward_planes_of(const LayerAttentionBackward<T>& a) {
                          const T *grad_out = a.grad_out.at(b, c, 0), *o = a.o.at(b, c, 0);
                          T* grad_o = a.grad_o.at(b, c, 0);
                          const auto own_weight = broadcast(weights[(a.layers - 1) * C + c]);
-                         for (int64_t p = 0; p < HW; p += N) {
-                             const auto g = of.gradient(load<A>(grad_out + p, HW - p), load<A>(o + p, HW - p));
-                             store<A>(grad_o + p, g, HW - p);
-                             store<A>(grad + p, keep_lanes<A>(g, HW - p));
+                         Cut<N>(HW).each([&](int64_t p, int64_t n) DLA_INLINE {
+                             const auto g = of.gradient(load<A>(grad_out + p, n), load<A>(o + p, n));
+                             store<A>(grad_o + p, g, n);
+                             store<A>(grad + p, keep_lanes<A>(g, n));
                              store<A>(value_grad + p, own_weight * g);
-                         }
+                         });
                      }
                      dot_planes<T>(grads.get(), pitch, {a.values, a.layers, weights, C, b}, first, last, HW,
                                    a.products + b * a.layers * C);
@@ -301,7 +302,7 @@ void backward_planes_of(const LayerAttentionBackward<T>& a) {
                                    value_grads.get(), pitch);
                      value_grad = value_grads.get();
                      for (int64_t c = first; c < last; ++c, value_grad += pitch) {
-                         value_plane_backward<T, kWidth>(a, b, c, value_grad, bordered.get());
+                         value_plane_backward<kWidth, K>(a, b, c, value_grad, zeros.get(), rows.get());
                      }
                  });
              });
@@ -309,7 +310,7 @@ void backward_planes_of(const LayerAttentionBackward<T>& a) {
 
 template <class T>
 void backward_planes(const LayerAttentionBackward<T>& a) {
-    on_width<Acc<T>>(a.shape.W, [&](auto lanes, auto) { backward_planes_of<T, lanes()>(a); });
+    on_width<Acc<T>>(a.shape.W, [&](auto lanes, auto k) { backward_planes_of<lanes(), k() <= 2 ? k() : 0>(a); });
 }
 
 template <class T>

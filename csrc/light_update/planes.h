@@ -1,221 +1,245 @@
-// light_update on NCHW maps, one plane at a time and row by row, so that every map is one stream. A vector's neighbours
-// come from the vectors beside it: no load crosses cache lines, and the filters meet no edge. What passes over a plane
-// twice lies in accumulators between, small enough for the first two caches.
-// Bands are inlined, else what their callbacks hold would be read anew at every row, and loops over taps and vectors
-// unrolled early: later, their arrays would stay in memory.
+// light_update on NCHW maps, plane by plane and row by row, so that every map is one stream, fetched ahead.
+#include "common/conv3x3.h"
 
-// Calls body with the lanes of a plane's vectors, half of them where a row is so short that the rest would idle, and
-// with how many vectors of a row go side by side.
-template <class A, class Body>
-void on_width(int64_t W, const Body& body) {
-    constexpr std::integral_constant<int, kLanes<A>> lanes{};
-    if constexpr (lanes() > 8) {
-        if (W <= 8) return body(std::integral_constant<int, 8>{}, std::integral_constant<int, 1>{});
-    }
-    if (W <= lanes()) return body(lanes, std::integral_constant<int, 1>{});
-    if (W <= 2 * lanes()) return body(lanes, std::integral_constant<int, 2>{});
-    body(lanes, std::integral_constant<int, 4>{});
+template <class A, int N>
+DLA_INLINE inline void broadcast_taps(const A* filter, Vec<A, N>* taps) {
+#pragma GCC unroll 9
+    for (int t = 0; t < 9; ++t) taps[t] = broadcast<A, N>(filter[t]);
 }
 
-// K vectors of a row from column j on, and what lies beside them; zeros outside of the row. A map is fetched ahead.
-template <class A, int N, int K>
-struct Band {
-    Vec<A, N> vectors[K + 2];
-
-    template <class T>
-    __attribute__((always_inline)) inline Band(const T* row, int64_t j, int64_t W, int64_t room, bool of_map) {
-        vectors[0] = j > 0 ? load<A, N>(row + j - N) : Vec<A, N>{};
-#pragma GCC unroll 8
-        for (int k = 0; k <= K; ++k) {
-            const int64_t from = j + k * N;
-            if (of_map && k < K) fetch_ahead(row + from);
-            vectors[k + 1] = from < W ? load<A, N>(row + from, W - from, room - from) : Vec<A, N>{};
-        }
-    }
-
-    Vec<A, N> left(int k) const { return concat<A, N, N - 1>(vectors[k], vectors[k + 1]); }
-    Vec<A, N> middle(int k) const { return vectors[k + 1]; }
-    Vec<A, N> right(int k) const { return concat<A, N, 1>(vectors[k + 1], vectors[k + 2]); }
-};
-
-// The K vectors from column j on of o = filter_x over x + (filter_carried over carried, or factor * carried), each to
-// put(i, j, vector); returns their sum.
+// filter_x over x, plus filter_carried over carried, which is its tap in the middle alone where the carry is scaled:
+// calls put(p, n, v) with the n pixels from p on, in order. zeros [W]; K as on_width says. A map that is not carried is
+// not read.
 template <class T, int N, int K, Carry kCarry, class A = Acc<T>, class Put>
-__attribute__((always_inline)) inline A forward_band(const T* x, const T* carried, int64_t H, int64_t W, int64_t j,
-                                                     const A* filter_x, const A* filter_carried, const Put& put) {
-    using V = Vec<A, N>;
-    V fx[9], fc[9];
-#pragma GCC unroll 9
-    for (int t = 0; t < 9; ++t) {
-        fx[t] = broadcast<A, N>(filter_x[t]);
-        fc[t] = broadcast<A, N>(filter_carried[t]);
-    }
-    // Each row of the input is read once and adds to three rows of the output, held in registers.
-    V above[K] = {}, here[K] = {}, total = {};
-    const auto finish_row = [&](int64_t i) {
-#pragma GCC unroll 8
-        for (int k = 0; k < K; ++k) {
-            if (j + k * N >= W) break;
-            put(i, j + k * N, above[k]);
-            total += keep_lanes<A, N>(above[k], W - j - k * N);
-        }
+DLA_INLINE inline void filter_plane(const T* x, const T* carried, int64_t H, int64_t W, const A* filter_x,
+                                    const A* filter_carried, const T* zeros, const Put& put) {
+    Vec<A, N> fx[9], fc[9];
+    broadcast_taps<A, N>(filter_x, fx);
+    if constexpr (kCarry != Carry::none) broadcast_taps<A, N>(filter_carried, fc);
+    const Cut<N> cut(W);
+    const auto add_scaled = [&](Columns<A, N>& columns, const T* from, int64_t n) DLA_INLINE {
+        if constexpr (kCarry != Carry::scaled) return;
+        fetch_ahead(from);
+        columns.middle += fc[4] * load<A, N>(from, n);
     };
-    for (int64_t i = 0; i < H; ++i) {
-        V below[K] = {};
-        const auto add_row = [&](const T* map, const V* f) {
-            const Band<A, N, K> row(map + i * W, j, W, (H - i) * W, true);
-#pragma GCC unroll 8
+    if constexpr (K > 0) {
+        Window<A, N, K> of_x, of_carried;
+        const auto move = [&](int64_t i) DLA_INLINE {
+#pragma GCC unroll 4
             for (int k = 0; k < K; ++k) {
-                const V left = row.left(k), middle = row.middle(k), right = row.right(k);
-                below[k] += f[0] * left + f[1] * middle + f[2] * right;
-                here[k] += f[3] * left + f[4] * middle + f[5] * right;
-                above[k] += f[6] * left + f[7] * middle + f[8] * right;
+                fetch_ahead(x + i * W + k * N);
+                if constexpr (kCarry == Carry::filtered) fetch_ahead(carried + i * W + k * N);
             }
+            of_x.move(x, i, H, W, cut.last_size());
+            if constexpr (kCarry == Carry::filtered) of_carried.move(carried, i, H, W, cut.last_size());
         };
-        add_row(x, fx);
-        if constexpr (kCarry == Carry::filtered) add_row(carried, fc);
-        if constexpr (kCarry == Carry::scaled) {
-            const Band<A, N, K> row(carried + i * W, j, W, (H - i) * W, true);
-#pragma GCC unroll 8
-            for (int k = 0; k < K; ++k) here[k] += fc[4] * row.middle(k);
+        move(0);
+        for (int64_t i = 0; i < H; ++i) {
+            move(i + 1);
+            if constexpr (kCarry == Carry::filtered && K > 2) {
+                // Two filters do not fit in registers beside two windows of four vectors. Whole vectors on the stack,
+                // read at every row, keep memory from being read ahead; one number for each tap does not.
+                broadcast_taps<A, N>(read_anew(filter_x), fx);
+                broadcast_taps<A, N>(read_anew(filter_carried), fc);
+            }
+            Columns<A, N> columns[K];
+#pragma GCC unroll 4
+            for (int k = 0; k < K; ++k) {
+                of_x.add_to(columns[k], fx, k);
+                if constexpr (kCarry == Carry::filtered) of_carried.add_to(columns[k], fc, k);
+                add_scaled(columns[k], carried + i * W + k * N, k + 1 < K ? N : cut.last_size());
+            }
+            slide_row<A, N, K>(cut, columns,
+                               [&](int64_t j, int64_t n, Vec<A, N> v) DLA_INLINE { put(i * W + j, n, v); });
         }
-        if (i > 0) finish_row(i - 1);
-#pragma GCC unroll 8
-        for (int k = 0; k < K; ++k) {
-            above[k] = here[k];
-            here[k] = below[k];
+    } else {
+        for (int64_t i = 0; i < H; ++i) {
+            const RowsAround<T> of_x(x, i, H, W, zeros), of_carried(carried, i, H, W, zeros);
+            const auto columns_at = [&](int64_t j, int64_t n) DLA_INLINE {
+                Columns<A, N> columns;
+                fetch_ahead(of_x.here + j);
+                of_x.add_to(columns, fx, j, n);
+                if constexpr (kCarry == Carry::filtered) {
+                    fetch_ahead(of_carried.here + j);
+                    of_carried.add_to(columns, fc, j, n);
+                }
+                add_scaled(columns, of_carried.here + j, n);
+                return columns;
+            };
+            slide_row<A, N>(cut, columns_at,
+                            [&](int64_t j, int64_t n, Vec<A, N> v) DLA_INLINE { put(i * W + j, n, v); });
         }
     }
-    finish_row(H - 1);
-    return sum<A, N>(total);
 }
 
 template <class T, int N, int K, Carry kCarry>
 void forward_planes_of(const LightUpdateForward<T>& a) {
     using A = Acc<T>;
-    const auto [B, C, H, W] = a.shape;
-    const int64_t o_pitch = round_up(W, N);
-    parallel(B * C, 4 * H * W, [&, C = C, H = H, W = W](int64_t begin, int64_t end) {
-        const Scratch<A> o(H * o_pitch);
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t b = i / C, c = i % C;
+    using V = Vec<A, N>;
+    const int64_t C = a.shape.C, H = a.shape.H, W = a.shape.W;
+    parallel(a.shape.B * C, 4 * H * W, [&, C, H, W](int64_t begin, int64_t end) {
+        const Scratch<T> zeros(W, T(0));
+        for (int64_t k = begin; k < end; ++k) {
+            const int64_t b = k / C, c = k % C;
             A filter_x[9], filter_carried[9];
             for (int t = 0; t < 9; ++t) {
                 filter_x[t] = x_filter(a, b, c, t);
                 filter_carried[t] = carried_filter(a, b, c, t);
             }
-            const auto put = [to = o.get(), o_pitch](int64_t i, int64_t j, Vec<A, N> v) {
-                store<A, N>(to + i * o_pitch + j, v);
+            const T *x = a.x.at(b, c, 0), *carried = kCarry == Carry::none ? x : a.carried.at(b, c, 0);
+            T *o = a.o ? a.o.at(b, c, 0) : nullptr, *out = a.out ? a.out.at(b, c, 0) : nullptr;
+            const auto filter = [&](const auto& put) DLA_INLINE {
+                filter_plane<T, N, K, kCarry>(x, carried, H, W, filter_x, filter_carried, zeros.get(), put);
             };
-            A total = 0;
-            for (int64_t j = 0; j < W; j += K * N) {
-                total += forward_band<T, N, K, kCarry>(a.x.at(b, c, 0), a.carried.at(b, c, 0), H, W, j, filter_x,
-                                                       filter_carried, put);
-            }
-            if (a.scale) {
-                a.mean[i] = total / A(H * W);
-                a.out_mean[i] = fold_plane<A, N>(o.get(), o_pitch, H, W, a.x.at(b, c, 0), a.scale[c], a.shift[c], false,
-                                                 a.out.at(b, c, 0), a.o ? a.o.at(b, c, 0) : nullptr) /
-                                A(H * W);
+            V total = {}, out_total = {};
+            if (out) {
+                const V scale = broadcast<A, N>(a.scale[c]), shift = broadcast<A, N>(a.shift[c]);
+                filter([&](int64_t p, int64_t n, V v) DLA_INLINE {
+                    const V sum_of = folded<A, N>(load<A, N>(x + p, n), v, scale, shift, false);
+                    fetch_ahead_to_write(out + p);
+                    store<A, N>(out + p, sum_of, n);
+                    if (o) {
+                        fetch_ahead_to_write(o + p);
+                        store<A, N>(o + p, v, n);
+                    }
+                    total += keep_lanes<A, N>(v, n);
+                    out_total += keep_lanes<A, N>(sum_of, n);
+                });
+                a.out_mean[k] = sum<A, N>(out_total) / A(H * W);
+                a.mean[k] = sum<A, N>(total) / A(H * W);
             } else {
-                finish_plane<A, N>(o.get(), o_pitch, H, W, total, a.o.at(b, c, 0), a.mean[i], a.var[i]);
+                filter([&](int64_t p, int64_t n, V v) DLA_INLINE {
+                    fetch_ahead_to_write(o + p);
+                    store<A, N>(o + p, v, n);
+                    total += keep_lanes<A, N>(as_kept<T, A, N>(v), n);
+                });
+                a.mean[k] = sum<A, N>(total) / A(H * W);
+                a.var[k] = squared_deviations(o, H * W, a.mean[k]) / A(H * W);
             }
         }
     });
 }
 
-// Both maps' gradients, and the products for the filters' ones: products[t] = sum of x times the output's gradient
-// shifted by tap t. grad has a row of zeros above and below.
-template <class T, int N, Carry kCarry, class A = Acc<T>>
-void backward_plane(const A* grad, int64_t pitch, const T* x, const T* carried, const T* grad_out, A residual,
-                    T* grad_x, T* grad_carried, int64_t H, int64_t W, const A* filter_x, const A* filter_carried,
-                    A* products) {
+// The gradient of a map that goes through a 3x3 filter, on top of more(p, n), and the products for the filter's own:
+// for each tap the sum of the map times the output's gradient. That is grad [H, W], its rows in whole vectors that end
+// in zeros; zeros is such a row.
+template <class T, int N, int K, class A = Acc<T>, class More>
+DLA_INLINE inline void filter_plane_backward(const A* grad, const A* zeros, const T* x, T* grad_x, int64_t H, int64_t W,
+                                             const A* filter, A* products, const More& more) {
     using V = Vec<A, N>;
-    V fx[9], fc[9], px[9] = {}, pc[9] = {};
+    const Cut<N> cut(W);
+    const int64_t pitch = round_up(W, N);
+    V taps[9], sums[9] = {};  // from the last one on: a gradient goes through the filter the other way
 #pragma GCC unroll 9
-    for (int t = 0; t < 9; ++t) {
-        fx[t] = broadcast<A, N>(filter_x[t]);
-        fc[t] = broadcast<A, N>(filter_carried[t]);
-    }
-    for (int64_t i = 0; i < H; ++i) {
-        for (int64_t j = 0; j < W; j += N) {
-            V g[9];  // the gradient around a pixel, in the order of the taps it met
-#pragma GCC unroll 3
-            for (int dy = 0; dy < 3; ++dy) {
-                const Band<A, N, 1> row(grad + (i + 1 - dy) * pitch, j, pitch, pitch, false);
-                g[3 * dy] = row.right(0);
-                g[3 * dy + 1] = row.middle(0);
-                g[3 * dy + 2] = row.left(0);
+    for (int t = 0; t < 9; ++t) taps[t] = broadcast<A, N>(filter[8 - t]);
+    const auto add_row = [&](Columns<A, N>& columns, int row, V g, V left, V here, V right) DLA_INLINE {
+        columns.add(taps + 3 * row, g);
+        sums[3 * row] += right * g;
+        sums[3 * row + 1] += here * g;
+        sums[3 * row + 2] += left * g;
+    };
+    const auto put = [&](int64_t p, int64_t n, V v) DLA_INLINE {
+        if (!grad_x) return;
+        fetch_ahead_to_write(grad_x + p);
+        store<A, N>(grad_x + p, v + more(p, n), n);
+    };
+    if constexpr (K > 0) {
+        Window<A, N, K> g;
+        g.move(grad, 0, H, pitch, N);
+        for (int64_t i = 0; i < H; ++i) {
+            g.move(grad, i + 1, H, pitch, N);
+            V at[K];
+#pragma GCC unroll 4
+            for (int k = 0; k < K; ++k) {
+                const T* from = x + i * W + k * N;
+                fetch_ahead(from);
+                at[k] = load_once<A, N>(from, k + 1 < K ? N : cut.last_size());
             }
-            const int64_t p = i * W + j, room = (H - i) * W - j;
-            fetch_ahead(x + p);
-            if (grad_x) fetch_ahead_to_write(grad_x + p);
-            const V at_x = load<A, N>(x + p, W - j, room);
-            V of_x = load<A, N>(grad_out + p, W - j, room) + residual;
-#pragma GCC unroll 9
-            for (int t = 0; t < 9; ++t) {
-                of_x += fx[t] * g[t];
-                px[t] += at_x * g[t];
+            Columns<A, N> columns[K];
+#pragma GCC unroll 4
+            for (int k = 0; k < K; ++k) {
+                const V left = concat<A, N, N - 1>(k > 0 ? at[k - 1] : V{}, at[k]);
+                const V right = concat<A, N, 1>(at[k], k + 1 < K ? at[k + 1] : V{});
+                add_row(columns[k], 0, g.above[k], left, at[k], right);
+                add_row(columns[k], 1, g.here[k], left, at[k], right);
+                add_row(columns[k], 2, g.below[k], left, at[k], right);
             }
-            if (grad_x) store<A, N>(grad_x + p, of_x, W - j);
-            if constexpr (kCarry != Carry::none) {
-                fetch_ahead(carried + p);
-                if (grad_carried) fetch_ahead_to_write(grad_carried + p);
-                const V at_carried = load<A, N>(carried + p, W - j, room);
-                V of_carried = fc[4] * g[4];
-                pc[4] += at_carried * g[4];
-#pragma GCC unroll 9
-                for (int t = 0; kCarry == Carry::filtered && t < 9; ++t) {
-                    if (t == 4) continue;
-                    of_carried += fc[t] * g[t];
-                    pc[t] += at_carried * g[t];
-                }
-                if (grad_carried) store<A, N>(grad_carried + p, of_carried, W - j);
-            }
+            slide_row<A, N, K>(cut, columns, [&](int64_t j, int64_t n, V v) DLA_INLINE { put(i * W + j, n, v); });
+        }
+    } else {
+        for (int64_t i = 0; i < H; ++i) {
+            const RowsAround<A> g(grad, i, H, pitch, zeros);
+            const T* row = x + i * W;
+            V before = {}, here = load_once<A, N>(row, cut.whole > 0 ? N : cut.tail);
+            const auto columns_at = [&](int64_t j, int64_t n) DLA_INLINE {
+                fetch_ahead(row + j);
+                const int64_t n_next = j == cut.last() ? 0 : j + N < cut.whole ? N : cut.tail;
+                const V next = n_next > 0 ? load_once<A, N>(row + j + N, n_next) : V{};
+                const V left = concat<A, N, N - 1>(before, here), right = concat<A, N, 1>(here, next);
+                Columns<A, N> columns;
+                add_row(columns, 0, load_once<A, N>(g.above + j), left, here, right);
+                add_row(columns, 1, load_once<A, N>(g.here + j), left, here, right);
+                add_row(columns, 2, load_once<A, N>(g.below + j), left, here, right);
+                before = here;
+                here = next;
+                return columns;
+            };
+            slide_row<A, N>(cut, columns_at, [&](int64_t j, int64_t n, V v) DLA_INLINE { put(i * W + j, n, v); });
         }
     }
 #pragma GCC unroll 9
-    for (int t = 0; t < 9; ++t) {
-        products[t] = sum<A, N>(px[t]);
-        products[9 + t] = sum<A, N>(pc[t]);
-    }
+    for (int t = 0; t < 9; ++t) products[8 - t] = sum<A, N>(sums[t]);
 }
 
-template <class T, int N, Carry kCarry>
+template <class T, int N, int K, Carry kCarry>
 void backward_planes_of(const LightUpdateBackward<T>& a) {
     using A = Acc<T>;
-    const auto [B, C, H, W] = a.shape;
-    const int64_t pitch = round_up(W, N);
-    parallel(B * C, 8 * H * W, [&, C = C, H = H, W = W](int64_t begin, int64_t end) {
-        const Scratch<A> memory((H + 2) * pitch, A(0));
-        A* grad = memory.get() + pitch;
+    using V = Vec<A, N>;
+    const int64_t C = a.shape.C, H = a.shape.H, W = a.shape.W, pitch = round_up(W, N);
+    const Cut<N> cut(W);
+    parallel(a.shape.B * C, 8 * H * W, [&, cut, C, H, W, pitch](int64_t begin, int64_t end) {
+        const Scratch<A> grads(H * pitch), zeros(pitch, A(0));
+        A* grad = grads.get();
         for (int64_t k = begin; k < end; ++k) {
             const int64_t b = k / C, c = k % C;
-            const T *grad_out = a.grad_out.at(b, c, 0), *grad_o = a.grad_o ? a.grad_o.at(b, c, 0) : nullptr;
-            const T* o = a.o.at(b, c, 0);
-            const A factor = a.factor[k], slope = a.slope[c], mean = a.mean[c], offset = a.offset[k];
-            for (int64_t i = 0; i < H; ++i) {
-                for (int64_t j = 0; j < W; j += N) {
-                    const int64_t p = i * W + j, room = (H - i) * W - j;
-                    fetch_ahead(grad_out + p);
-                    fetch_ahead(o + p);
-                    Vec<A, N> g = factor * load<A, N>(grad_out + p, W - j, room) +
-                                  slope * (load<A, N>(o + p, W - j, room) - mean) + offset;
-                    if (grad_o) g += load<A, N>(grad_o + p, W - j, room);
-                    store<A, N>(&grad[i * pitch + j], keep_lanes<A, N>(g, W - j));
-                }
-            }
-            A filter_x[9], filter_carried[9];
+            A filter_x[9], filter_carried[9], products[kProducts] = {};
             for (int t = 0; t < 9; ++t) {
                 filter_x[t] = x_filter(a, b, c, t);
                 filter_carried[t] = carried_filter(a, b, c, t);
             }
-            const T *x = a.x.at(b, c, 0), *carried = a.carried ? a.carried.at(b, c, 0) : nullptr;
+            const T *grad_out = a.grad_out.at(b, c, 0), *grad_o = a.grad_o ? a.grad_o.at(b, c, 0) : nullptr;
+            const T *o = a.o.at(b, c, 0), *carried = a.carried.at(b, c, 0);
             T* grad_x = a.grad_x ? a.grad_x.at(b, c, 0) : nullptr;
             T* grad_carried = a.grad_carried ? a.grad_carried.at(b, c, 0) : nullptr;
-            A products[kProducts];
-            backward_plane<T, N, kCarry>(grad, pitch, x, carried, grad_out, a.residual[k], grad_x, grad_carried, H, W,
-                                         filter_x, filter_carried, products);
+            const A factor = a.factor[k], slope = a.slope[c], mean = a.mean[c], offset = a.offset[k];
+            LongSum<A, N> of_scaled;
+            for (int64_t i = 0; i < H; ++i) {
+                cut.each([&](int64_t j, int64_t n) DLA_INLINE {
+                    const int64_t p = i * W + j;
+                    fetch_ahead(grad_out + p);
+                    fetch_ahead(o + p);
+                    V g = factor * load<A, N>(grad_out + p, n) + slope * (load<A, N>(o + p, n) - mean) + offset;
+                    if (grad_o) g += load<A, N>(grad_o + p, n);
+                    g = keep_lanes<A, N>(g, n);
+                    store<A, N>(grad + i * pitch + j, g);
+                    if constexpr (kCarry == Carry::scaled) {
+                        fetch_ahead(carried + p);
+                        of_scaled.add(g * load<A, N>(carried + p, n));
+                        if (!grad_carried) return;
+                        fetch_ahead_to_write(grad_carried + p);
+                        store<A, N>(grad_carried + p, filter_carried[4] * g, n);
+                    }
+                });
+            }
+            const auto residual = broadcast<A, N>(a.residual[k]);
+            filter_plane_backward<T, N, K>(grad, zeros.get(), a.x.at(b, c, 0), grad_x, H, W, filter_x, products,
+                                           [&](int64_t p, int64_t n)
+                                               DLA_INLINE { return load<A, N>(grad_out + p, n) + residual; });
+            if constexpr (kCarry == Carry::scaled) products[9 + 4] = of_scaled.total();
+            if constexpr (kCarry == Carry::filtered) {
+                filter_plane_backward<T, N, K>(grad, zeros.get(), carried, grad_carried, H, W, filter_carried,
+                                               products + 9, [&](int64_t, int64_t) DLA_INLINE { return V{}; });
+            }
             for (int t = 0; t < kProducts; ++t) a.products[(b * kProducts + t) * C + c] = products[t];
         }
     });

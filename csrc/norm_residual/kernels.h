@@ -24,14 +24,10 @@ void moments_planes(const Map<const T>& o, const Shape& s, Acc<T>* mean, Acc<T>*
     parallel(s.B * s.C, HW, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const T* from = o.at(i / s.C, i % s.C, 0);
-            LongSum<A> total, deviations;
+            LongSum<A> total;
             for (int64_t p = 0; p < HW; p += N) total.add(load<A>(from + p, HW - p));
             mean[i] = total.total() / A(HW);
-            for (int64_t p = 0; p < HW; p += N) {
-                const Vec<A> centred = keep_lanes<A>(load<A>(from + p, HW - p) - mean[i], HW - p);
-                deviations.add(centred * centred);
-            }
-            var[i] = deviations.total() / A(HW);
+            var[i] = squared_deviations(from, HW, mean[i]) / A(HW);
         }
     });
 }
