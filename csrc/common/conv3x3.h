@@ -41,15 +41,15 @@ template <class A, int N, int K>
 struct Window {
     Vec<A, N> above[K] = {}, here[K] = {}, below[K] = {};
 
-    // Moves one row down, so that row i of the map [H], `pitch` apart, is the one below; `last` numbers are the last
-    // vector's.
-    template <class T>
-    DLA_INLINE inline void move(const T* map, int64_t i, int64_t H, int64_t pitch, int64_t last) {
+    // Moves one row down; at(j, n) gives the n numbers from column j on of the row that comes from below, `last` of
+    // them in its last vector.
+    template <class At>
+    DLA_INLINE inline void move(const At& at, int64_t last) {
 #pragma GCC unroll 4
         for (int k = 0; k < K; ++k) {
             above[k] = here[k];
             here[k] = below[k];
-            below[k] = i < H ? load_once<A, N>(map + i * pitch + k * N, k + 1 < K ? N : last) : Vec<A, N>{};
+            below[k] = at(k * N, k + 1 < K ? N : last);
         }
     }
     DLA_INLINE inline void add_to(Columns<A, N>& columns, const Vec<A, N>* taps, int k) const {

@@ -13,7 +13,7 @@ A fold_plane(const A* o, int64_t n, const T* x, A scale, A shift, bool relu, T* 
     const auto a = broadcast(scale), b = broadcast(shift);
     Vec<A> total = {};
     Cut<kLanes<A>>(n).each([&](int64_t p, int64_t some) DLA_INLINE {
-        fetch_ahead_to_write(out + p);
+        fetch_ahead_to_write<2>(out + p);
         const auto sum_of = folded<A>(load<A>(x + p, some), load<A>(o + p), a, b, relu);
         store<A>(out + p, sum_of, some);
         total += keep_lanes<A>(sum_of, some);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <new>
 
 #include "common/shape.h"
 
@@ -27,17 +28,22 @@ struct RowRuns {
     static constexpr int64_t kElements = 1 << 15;  // 128 KiB of float32: little beside a map, much beside a task switch
 };
 
-// Uninitialised scratch memory.
+// Uninitialised scratch memory, from the beginning of a cache line on.
 template <class A>
 class Scratch {
   public:
-    explicit Scratch(int64_t size) : data_(new A[std::max<int64_t>(size, 1)]) {}
+    explicit Scratch(int64_t size)
+        : data_(static_cast<A*>(::operator new(std::max<int64_t>(size, 1) * sizeof(A), kLine))) {}
     Scratch(int64_t size, A value) : Scratch(size) { std::fill_n(data_.get(), size, value); }
     A* get() const { return data_.get(); }
     A& operator[](int64_t i) const { return data_[i]; }
 
   private:
-    std::unique_ptr<A[]> data_;
+    static constexpr std::align_val_t kLine{64};
+    struct Free {
+        void operator()(A* data) const { ::operator delete(data, kLine); }
+    };
+    std::unique_ptr<A[], Free> data_;
 };
 
 }  // namespace dla

@@ -23,17 +23,18 @@ inline Vec<A, N> broadcast(A value) {
     return value - Vec<A, N>{};  // one instruction, where a loop over the lanes may be one for each of them
 }
 
-// Asks for what a loop comes to some vectors later, to read or to write. The hardware does so by itself, but stops at
-// every page, and a loop of many instructions does not reach its next page in time. Always inlined: GCC takes a call
-// of a function that does nothing else for one without an effect.
-constexpr int64_t kFetchAhead = 2048;  // bytes
-template <class T>
+// Asks for what a loop over so many streams comes to some vectors later, to read or to write. The hardware does so by
+// itself, but stops at every page, and a loop of many instructions does not reach its next page in time. What is on its
+// way of all streams together counts: with less memory waits, with more the first cache has no room. Always inlined:
+// GCC takes a call of a function that does nothing else for one without an effect.
+constexpr int64_t kOnTheWay = 9216;  // bytes
+template <int kStreams, class T>
 DLA_INLINE inline void fetch_ahead(const T* p) {
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + kFetchAhead);
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + kOnTheWay / kStreams);
 }
-template <class T>
+template <int kStreams, class T>
 DLA_INLINE inline void fetch_ahead_to_write(const T* p) {
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + kFetchAhead, 1);
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + kOnTheWay / kStreams, 1);
 }
 
 // N numbers of type T from memory of any alignment, as accumulators.

@@ -10,7 +10,10 @@ void pool_planes(const Shape& s, const Map<const T>& x, Acc<T>* y) {
         for (int64_t i = begin; i < end; ++i) {
             const T* plane = x.at(i / s.C, i % s.C, 0);
             LongSum<A> total;
-            for (int64_t p = 0; p < HW; p += N) total.add(load<A>(plane + p, HW - p));
+            Cut<N>(HW).each([&](int64_t p, int64_t n) DLA_INLINE {
+                fetch_ahead<1>(plane + p);
+                total.add(load<A>(plane + p, n));
+            });
             y[i] = total.total() / A(HW);
         }
     });

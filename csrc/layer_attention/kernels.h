@@ -131,13 +131,13 @@ A value_plane(const LayerAttentionForward<T>& a, int64_t b, int64_t c, A weight,
     const A* filter = a.value_weight + c * 9;
     const auto weights = broadcast<A, N>(weight);
     Vec<A, N> total = {};
-    filter_plane<T, N, K, Carry::none>(x, x, a.shape.H, a.shape.W, filter, filter, zeros,
-                                       [&](int64_t p, int64_t n, Vec<A, N> v) DLA_INLINE {
-                                           fetch_ahead_to_write(value + p);
-                                           store<A, N>(value + p, v, n);
-                                           store<A, N>(o + p, weights * as_kept<T, A, N>(v), n);
-                                           total += keep_lanes<A, N>(v, n);
-                                       });
+    filter_plane<T, N, K, Carry::none, 2>(x, x, a.shape.H, a.shape.W, filter, filter, zeros,
+                                          [&](int64_t p, int64_t n, Vec<A, N> v) DLA_INLINE {
+                                              fetch_ahead_to_write<2>(value + p);
+                                              store<A, N>(value + p, v, n);
+                                              store<A, N>(o + p, weights * as_kept<T, A, N>(v), n);
+                                              total += keep_lanes<A, N>(v, n);
+                                          });
     return sum<A, N>(total);
 }
 
@@ -147,7 +147,7 @@ void finish_plane(const A* o, int64_t n, T* out, A& mean, A& var) {
     LongSum<A> total;
     Cut<kLanes<A>>(n).each([&](int64_t p, int64_t some) DLA_INLINE {
         const auto v = load<A>(o + p);
-        fetch_ahead_to_write(out + p);
+        fetch_ahead_to_write<2>(out + p);
         store<A>(out + p, v, some);
         total.add(as_kept<T, A>(v));
     });
@@ -244,25 +244,22 @@ struct NormVectors {
 };
 
 // A plane of x's gradient and the products for value_weight's, from the layers' part of the value map's gradient,
-// grad [HW]. rows [H, W] takes all of it, in whole vectors; zeros is such a row.
+// grad [HW].
 template <int N, int K, class T, class A = Acc<T>>
-void value_plane_backward(const LayerAttentionBackward<T>& a, int64_t b, int64_t c, const A* grad, const A* zeros,
-                          A* rows) {
-    const int64_t C = a.shape.C, H = a.shape.H, W = a.shape.W, pitch = round_up(W, N);
-    const Cut<N> cut(W);
+void value_plane_backward(const LayerAttentionBackward<T>& a, int64_t b, int64_t c, const A* grad,
+                          const GradientRows<A>& rows) {
+    const int64_t C = a.shape.C, H = a.shape.H, W = a.shape.W;
     const auto of_mean = broadcast<A, N>(a.grad_pooled ? a.grad_pooled[b * C + c] / A(H * W) : A(0));
     const T *grad_out = a.grad_out.at(b, c, 0), *read = a.grad_read ? a.grad_read.at(b, c, 0) : nullptr;
-    for (int64_t i = 0; i < H; ++i) {
-        cut.each([&](int64_t j, int64_t n) DLA_INLINE {
-            Vec<A, N> g = load<A, N>(grad + i * W + j, n) + of_mean;
-            if (read) g += load<A, N>(read + i * W + j, n);
-            store<A, N>(rows + i * pitch + j, keep_lanes<A, N>(g, n));
-        });
-    }
     A products[kProducts] = {};
-    filter_plane_backward<T, N, K>(rows, zeros, a.x.at(b, c, 0), a.grad_x ? a.grad_x.at(b, c, 0) : nullptr, H, W,
-                                   a.value_weight + c * 9, products,
-                                   [&](int64_t p, int64_t n) DLA_INLINE { return load<A, N>(grad_out + p, n); });
+    filter_plane_backward<T, N, K, Gradient::passing, 2>(
+        rows, a.x.at(b, c, 0), a.grad_x ? a.grad_x.at(b, c, 0) : nullptr, H, W, a.value_weight + c * 9, products,
+        [&](int64_t p, int64_t n) DLA_INLINE {
+            Vec<A, N> g = load<A, N>(grad + p, n) + of_mean;
+            if (read) g += load<A, N>(read + p, n);
+            return keep_lanes<A, N>(g, n);
+        },
+        [&](int64_t p, int64_t n) DLA_INLINE { return load<A, N>(grad_out + p, n); });
     for (int t = 0; t < kProducts; ++t) a.value_products[(b * kProducts + t) * C + c] = products[t];
 }
 
@@ -275,8 +272,7 @@ void backward_planes_of(const LayerAttentionBackward<T>& a) {
     parallel(a.shape.B * blocks.per_sample, (2 * a.layers + a.later + 9) * blocks.planes * HW,
              [&](int64_t begin, int64_t end) {
                  const Scratch<A> grads(blocks.planes * pitch), value_grads(blocks.planes * pitch);
-                 const int64_t row = round_up(a.shape.W, kWidth);
-                 const Scratch<A> rows(a.shape.H * row), zeros(row, A(0));
+                 const GradientRows<A> rows(a.shape.W, kWidth);
                  blocks.each(begin, end, [&](int64_t b, int64_t first, int64_t last) {
                      const A keep = a.keep ? a.keep[b] : A(1);
                      const A* weights = a.weights + b * a.layers * C;
@@ -302,7 +298,7 @@ void backward_planes_of(const LayerAttentionBackward<T>& a) {
                                    value_grads.get(), pitch);
                      value_grad = value_grads.get();
                      for (int64_t c = first; c < last; ++c, value_grad += pitch) {
-                         value_plane_backward<kWidth, K>(a, b, c, value_grad, zeros.get(), rows.get());
+                         value_plane_backward<kWidth, K>(a, b, c, value_grad, rows);
                      }
                  });
              });
