@@ -7,21 +7,7 @@ inline Vec<A, N> folded(Vec<A, N> x, Vec<A, N> o, Vec<A, N> scale, Vec<A, N> shi
     return x + (relu ? (normed <= 0 ? Vec<A, N>{} : normed) : normed);
 }
 
-// The n pixels of a plane, o readable up to a whole vector beyond -> out; returns the sum of out.
-template <class A, class T>
-A fold_plane(const A* o, int64_t n, const T* x, A scale, A shift, bool relu, T* out) {
-    const auto a = broadcast(scale), b = broadcast(shift);
-    Vec<A> total = {};
-    Cut<kLanes<A>>(n).each([&](int64_t p, int64_t some) DLA_INLINE {
-        fetch_ahead_to_write<2>(out + p);
-        const auto sum_of = folded<A>(load<A>(x + p, some), load<A>(o + p), a, b, relu);
-        store<A>(out + p, sum_of, some);
-        total += keep_lanes<A>(sum_of, some);
-    });
-    return sum<A>(total);
-}
-
-// The same of channels_last pixels: o [pixels, C], `pitch` apart and readable up to a whole vector beyond C; x, out and
+// Pixels of channels_last maps: o [pixels, C], `pitch` apart and readable up to a whole vector beyond C; x, out and
 // o_out point to the first pixel, each with a stride of its own. Adds o and out to their totals [C], where given.
 template <class A, class T>
 void fold_pixels(const A* o, int64_t pitch, int64_t pixels, int64_t C, const T* x, int64_t x_pitch, const A* scale,

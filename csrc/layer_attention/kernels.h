@@ -36,46 +36,60 @@ struct PlaneBlocks {
     }
 };
 
-// Calls body(m, count) for the maps from m on, up to four of them: more streams than the hardware follows, or than a
-// set of the cache has ways, would run into each other, and one alone leaves memory idle at every new plane.
+// Calls body(m, count, closes) for the maps from m on, up to four of them, and says which are the last; without a map
+// once with none. More streams than the hardware follows, or than a set of the cache has ways, would run into each
+// other, and one alone leaves memory idle at every new plane.
 template <class Body>
 inline void by_four(int64_t maps, const Body& body) {
-    for (int64_t m = 0; m < maps; m += 4) {
-        switch (maps - m) {
-            case 1:
-                body(m, std::integral_constant<int, 1>{});
-                break;
-            case 2:
-                body(m, std::integral_constant<int, 2>{});
-                break;
-            case 3:
-                body(m, std::integral_constant<int, 3>{});
-                break;
-            default:
-                body(m, std::integral_constant<int, 4>{});
-        }
+    int64_t m = 0;
+    for (; m + 4 < maps; m += 4) body(m, std::integral_constant<int, 4>{}, std::false_type{});
+    switch (maps - m) {
+        case 0:
+            return body(m, std::integral_constant<int, 0>{}, std::true_type{});
+        case 1:
+            return body(m, std::integral_constant<int, 1>{}, std::true_type{});
+        case 2:
+            return body(m, std::integral_constant<int, 2>{}, std::true_type{});
+        case 3:
+            return body(m, std::integral_constant<int, 3>{}, std::true_type{});
+        default:
+            return body(m, std::integral_constant<int, 4>{}, std::true_type{});
     }
 }
 
-// The planes from first on of o [n], `pitch` apart, += the sum over the maps of weights * maps; o readable up to a
-// whole vector beyond.
-template <class T, class A = Acc<T>>
-void add_planes(const Streams<T>& streams, int64_t first, int64_t last, int64_t n, A* o, int64_t pitch) {
-    by_four(streams.count, [&](int64_t m, auto count) DLA_INLINE {
-        constexpr int N = kLanes<A>;
+// Where up to four planes of maps lie.
+template <class T, int kMaps>
+struct Planes {
+    const T* maps[kMaps + 1];
+
+    Planes(const Streams<T>& streams, int64_t m, int64_t c) {
+        for (int i = 0; i < kMaps; ++i) maps[i] = streams.maps[m + i].at(streams.b, c, 0);
+    }
+};
+
+// The planes from first on of o [n], `pitch` apart and readable up to a whole vector beyond, plus the sum over the maps
+// of weights * maps: each vector to finish(c)(p, count, v), in order. o takes what is summed so far.
+template <class T, class A = Acc<T>, class Finish>
+void add_planes(const Streams<T>& streams, int64_t first, int64_t last, int64_t n, A* o, int64_t pitch,
+                const Finish& finish) {
+    by_four(streams.count, [&](int64_t m, auto count, auto closes) DLA_INLINE {
         A* at = o;
         for (int64_t c = first; c < last; ++c, at += pitch) {
-            Vec<A> weights[count()];
-            const T* maps[count()];
-            for (int i = 0; i < count(); ++i) {
-                weights[i] = broadcast(streams.weights[(m + i) * streams.C + c]);
-                maps[i] = streams.maps[m + i].at(streams.b, c, 0);
+            const Planes<T, count()> planes(streams, m, c);
+            Vec<A> weights[count() + 1];
+            for (int i = 0; i < count(); ++i) weights[i] = broadcast(streams.weights[(m + i) * streams.C + c]);
+            const auto sum_up = [&](const auto& put) DLA_INLINE {
+                Cut<kLanes<A>>(n).each([&](int64_t p, int64_t some) DLA_INLINE {
+                    auto total = load<A>(at + p);
+                    for (int i = 0; i < count(); ++i) total += weights[i] * load<A>(planes.maps[i] + p, some);
+                    put(p, some, total);
+                });
+            };
+            if constexpr (closes()) {
+                finish(c, sum_up);
+            } else {
+                sum_up([&](int64_t p, int64_t, Vec<A> v) DLA_INLINE { store<A>(at + p, v); });
             }
-            Cut<N>(n).each([&](int64_t p, int64_t some) DLA_INLINE {
-                auto total = load<A>(at + p);
-                for (int i = 0; i < count(); ++i) total += weights[i] * load<A>(maps[i] + p, some);
-                store<A>(at + p, total);
-            });
         }
     });
 }
@@ -83,16 +97,15 @@ void add_planes(const Streams<T>& streams, int64_t first, int64_t last, int64_t 
 // The sums of each plane of g [n], `pitch` apart and zeros up to a whole vector beyond, times each map's: [count, C].
 template <class T, class A = Acc<T>>
 void dot_planes(const A* g, int64_t pitch, const Streams<T>& streams, int64_t first, int64_t last, int64_t n, A* sums) {
-    by_four(streams.count, [&](int64_t m, auto count) DLA_INLINE {
+    by_four(streams.count, [&](int64_t m, auto count, auto) DLA_INLINE {
         constexpr int N = kLanes<A>;
         const A* at = g;
         for (int64_t c = first; c < last; ++c, at += pitch) {
-            Vec<A> totals[count()] = {};
-            const T* maps[count()];
-            for (int i = 0; i < count(); ++i) maps[i] = streams.maps[m + i].at(streams.b, c, 0);
+            Vec<A> totals[count() + 1] = {};
+            const Planes<T, count()> planes(streams, m, c);
             Cut<N>(n).each([&](int64_t p, int64_t some) DLA_INLINE {
                 const auto v = load<A>(at + p);
-                for (int i = 0; i < count(); ++i) totals[i] += v * load<A>(maps[i] + p, some);
+                for (int i = 0; i < count(); ++i) totals[i] += v * load<A>(planes.maps[i] + p, some);
             });
             for (int i = 0; i < count(); ++i) sums[(m + i) * streams.C + c] = sum<A>(totals[i]);
         }
@@ -141,20 +154,6 @@ A value_plane(const LayerAttentionForward<T>& a, int64_t b, int64_t c, A weight,
     return sum<A, N>(total);
 }
 
-// One plane of o [n], readable up to a whole vector beyond and zeros there, as the map keeps it, and its moments.
-template <class T, class A = Acc<T>>
-void finish_plane(const A* o, int64_t n, T* out, A& mean, A& var) {
-    LongSum<A> total;
-    Cut<kLanes<A>>(n).each([&](int64_t p, int64_t some) DLA_INLINE {
-        const auto v = load<A>(o + p);
-        fetch_ahead_to_write<2>(out + p);
-        store<A>(out + p, v, some);
-        total.add(as_kept<T, A>(v));
-    });
-    mean = total.total() / A(n);
-    var = squared_deviations(out, n, mean) / A(n);
-}
-
 template <int kWidth, int K, class T>
 void forward_planes_of(const LayerAttentionForward<T>& a) {
     using A = Acc<T>;
@@ -170,15 +169,29 @@ void forward_planes_of(const LayerAttentionForward<T>& a) {
                 const A weight = weights[(a.layers - 1) * C + c];
                 a.pooled[b * C + c] = value_plane<kWidth, K>(a, b, c, weight, zeros.get(), o) / A(HW);
             }
-            add_planes<T>({a.values, a.layers - 1, weights, C, b}, first, last, HW, sums.get(), pitch);
-            o = sums.get();
-            for (int64_t c = first; c < last; ++c, o += pitch) {
+            const auto finish = [&](int64_t c, const auto& sum_up) DLA_INLINE {
                 if (a.scale) {
-                    fold_plane(o, HW, a.x.at(b, c, 0), a.scale[c], a.shift[c], true, a.out.at(b, c, 0));
-                } else {
-                    finish_plane(o, HW, a.o.at(b, c, 0), a.mean[b * C + c], a.var[b * C + c]);
+                    const T* x = a.x.at(b, c, 0);
+                    T* out = a.out.at(b, c, 0);
+                    const auto scale = broadcast(a.scale[c]), shift = broadcast(a.shift[c]);
+                    sum_up([&](int64_t p, int64_t n, Vec<A> v) DLA_INLINE {
+                        fetch_ahead_to_write<2>(out + p);
+                        store<A>(out + p, folded<A>(load<A>(x + p, n), v, scale, shift, true), n);
+                    });
+                    return;
                 }
-            }
+                T* to = a.o.at(b, c, 0);
+                LongSum<A> total;
+                sum_up([&](int64_t p, int64_t n, Vec<A> v) DLA_INLINE {
+                    fetch_ahead_to_write<2>(to + p);
+                    store<A>(to + p, v, n);
+                    total.add(keep_lanes<A>(as_kept<T, A>(v), n));
+                });
+                const A mean = total.total() / A(HW);
+                a.mean[b * C + c] = mean;
+                a.var[b * C + c] = squared_deviations(to, HW, mean) / A(HW);
+            };
+            add_planes<T>({a.values, a.layers - 1, weights, C, b}, first, last, HW, sums.get(), pitch, finish);
         });
     });
 }
@@ -294,12 +307,13 @@ void backward_planes_of(const LayerAttentionBackward<T>& a) {
                      dot_planes<T>(grads.get(), pitch, {a.values, a.layers, weights, C, b}, first, last, HW,
                                    a.products + b * a.layers * C);
                      if (!a.x) return;
-                     add_planes<T>({a.later_grads, a.later, a.later_weights + b * a.later * C, C, b}, first, last, HW,
-                                   value_grads.get(), pitch);
-                     value_grad = value_grads.get();
-                     for (int64_t c = first; c < last; ++c, value_grad += pitch) {
-                         value_plane_backward<kWidth, K>(a, b, c, value_grad, rows);
-                     }
+                     add_planes<T>(
+                         {a.later_grads, a.later, a.later_weights + b * a.later * C, C, b}, first, last, HW,
+                         value_grads.get(), pitch, [&](int64_t c, const auto& sum_up) DLA_INLINE {
+                             A* of_value = value_grads.get() + (c - first) * pitch;
+                             sum_up([&](int64_t p, int64_t, Vec<A> v) DLA_INLINE { store<A>(of_value + p, v); });
+                             value_plane_backward<kWidth, K>(a, b, c, of_value, rows);
+                         });
                  });
              });
 }
