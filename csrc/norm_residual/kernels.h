@@ -25,7 +25,7 @@ void moments_planes(const Map<const T>& o, const Shape& s, Acc<T>* mean, Acc<T>*
         for (int64_t i = begin; i < end; ++i) {
             const T* from = o.at(i / s.C, i % s.C, 0);
             LongSum<A> total;
-            for (int64_t p = 0; p < HW; p += N) total.add(load<A>(from + p, HW - p));
+            Cut<N>(HW).each([&](int64_t p, int64_t n) DLA_INLINE { total.add(load<A>(from + p, n)); });
             mean[i] = total.total() / A(HW);
             var[i] = squared_deviations(from, HW, mean[i]) / A(HW);
         }
@@ -77,13 +77,12 @@ void forward_planes(const NormResidualForward<T>& a) {
             const T *x = a.x.at(b, c, 0), *o = a.o.at(b, c, 0);
             T* out = a.out.at(b, c, 0);
             Vec<A> total = {};
-            for (int64_t p = 0; p < HW; p += N) {
-                const int64_t n = HW - p;
+            Cut<N>(HW).each([&, relu = a.relu](int64_t p, int64_t n) DLA_INLINE {
                 const auto residual = x ? load<A>(x + p, n) : Vec<A>{};
-                const auto value = add_normed<A>(residual, load<A>(o + p, n), mean, scale, bias, keep, a.relu);
+                const auto value = add_normed<A>(residual, load<A>(o + p, n), mean, scale, bias, keep, relu);
                 store<A>(out + p, value, n);
                 total += keep_lanes<A>(value, n);
-            }
+            });
             a.y[i] = sum<A, N>(total) / A(HW);
         }
     });
@@ -163,12 +162,13 @@ void backward_planes(const NormResidualBackward<T>& a) {
             const auto keep = broadcast(a.keep ? a.keep[b] : A(1));
             const auto grad_y = broadcast(a.grad_y ? a.grad_y[i] / A(HW) : A(0));
             const T *grad_out = a.grad_out.at(b, c, 0), *o = a.o.at(b, c, 0), *out = a.out.at(b, c, 0);
-            T *grad_x = a.grad_x.at(b, c, 0), *grad_o = a.grad_o.at(b, c, 0);
+            T* grad_x = a.grad_x ? a.grad_x.at(b, c, 0) : nullptr;
+            T* grad_o = a.grad_o ? a.grad_o.at(b, c, 0) : nullptr;
             GradientSums<A> sums;
-            for (int64_t p = 0; p < HW; p += N) {
-                backward_vector<T>(grad_out + p, o + p, out + p, a.grad_x ? grad_x + p : nullptr,
-                                   a.grad_o ? grad_o + p : nullptr, HW - p, grad_y, of, keep, a.relu, sums);
-            }
+            Cut<N>(HW).each([&, relu = a.relu](int64_t p, int64_t n) DLA_INLINE {
+                backward_vector<T>(grad_out + p, o + p, out + p, grad_x ? grad_x + p : nullptr,
+                                   grad_o ? grad_o + p : nullptr, n, grad_y, of, keep, relu, sums);
+            });
             if (a.grad) a.grad[i] = sum<A, N>(sums.grad);
             if (a.grad_normed) a.grad_normed[i] = sum<A, N>(sums.grad_normed);
             if (a.grad_keep) a.grad_keep[i] = sum<A, N>(sums.grad_keep);
