@@ -81,7 +81,10 @@ void add_planes(const Streams<T>& streams, int64_t first, int64_t last, int64_t 
             const auto sum_up = [&](const auto& put) DLA_INLINE {
                 Cut<kLanes<A>>(n).each([&](int64_t p, int64_t some) DLA_INLINE {
                     auto total = load<A>(at + p);
-                    for (int i = 0; i < count(); ++i) total += weights[i] * load<A>(planes.maps[i] + p, some);
+                    for (int i = 0; i < count(); ++i) {
+                        fetch_ahead<count() + 2>(planes.maps[i] + p);
+                        total += weights[i] * load<A>(planes.maps[i] + p, some);
+                    }
                     put(p, some, total);
                 });
             };
@@ -175,7 +178,7 @@ void forward_planes_of(const LayerAttentionForward<T>& a) {
                     T* out = a.out.at(b, c, 0);
                     const auto scale = broadcast(a.scale[c]), shift = broadcast(a.shift[c]);
                     sum_up([&](int64_t p, int64_t n, Vec<A> v) DLA_INLINE {
-                        fetch_ahead_to_write<2>(out + p);
+                        fetch_ahead_to_write<6>(out + p);
                         store<A>(out + p, folded<A>(load<A>(x + p, n), v, scale, shift, true), n);
                     });
                     return;
@@ -183,7 +186,7 @@ void forward_planes_of(const LayerAttentionForward<T>& a) {
                 T* to = a.o.at(b, c, 0);
                 LongSum<A> total;
                 sum_up([&](int64_t p, int64_t n, Vec<A> v) DLA_INLINE {
-                    fetch_ahead_to_write<2>(to + p);
+                    fetch_ahead_to_write<6>(to + p);
                     store<A>(to + p, v, n);
                     total.add(keep_lanes<A>(as_kept<T, A>(v), n));
                 });
