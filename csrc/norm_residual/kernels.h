@@ -25,7 +25,10 @@ void moments_planes(const Map<const T>& o, const Shape& s, Acc<T>* mean, Acc<T>*
         for (int64_t i = begin; i < end; ++i) {
             const T* from = o.at(i / s.C, i % s.C, 0);
             LongSum<A> total;
-            Cut<N>(HW).each([&](int64_t p, int64_t n) DLA_INLINE { total.add(load<A>(from + p, n)); });
+            Cut<N>(HW).each([&](int64_t p, int64_t n) DLA_INLINE {
+                fetch_ahead<1>(from + p);
+                total.add(load<A>(from + p, n));
+            });
             mean[i] = total.total() / A(HW);
             var[i] = squared_deviations(from, HW, mean[i]) / A(HW);
         }
