@@ -117,7 +117,7 @@ void forward_planes_of(const LightUpdateForward<T>& a) {
                 filter(std::integral_constant<int, 1>{}, [&](int64_t p, int64_t n, V v) DLA_INLINE {
                     fetch_ahead_to_write<kRead + 1>(o + p);
                     store<A, N>(o + p, v, n);
-                    total += keep_lanes<A, N>(as_kept<T, A, N>(v), n);
+                    total += keep_lanes<A, N>(v, n);
                 });
                 a.mean[k] = sum<A, N>(total) / A(H * W);
                 a.var[k] = squared_deviations(o, H * W, a.mean[k]) / A(H * W);
