@@ -1,6 +1,16 @@
-// Writing an output map out of float accumulators together with its mean and variance over H, W. The deviations are
-// summed in a pass of their own over what still lies in the cache: no sum of squares, so nothing cancels. Included
-// inside an instruction set's namespace.
+// The mean and variance of a map over H, W. The deviations are summed in a pass of their own over what still lies in
+// the cache: no sum of squares, so nothing cancels. Included inside an instruction set's namespace.
+
+// The sum of n numbers.
+template <class T, class A = Acc<T>>
+A plane_sum(const T* from, int64_t n) {
+    LongSum<A> total;
+    Cut<kLanes<A>>(n).each([&](int64_t i, int64_t some) DLA_INLINE {
+        fetch_ahead<1>(from + i);
+        total.add(load<A>(from + i, some));
+    });
+    return total.total();
+}
 
 // The sum of (v - mean)^2 over n numbers.
 template <class T, class A = Acc<T>>

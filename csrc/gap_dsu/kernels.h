@@ -1,20 +1,14 @@
 // gap_dsu on the CPU, both layouts; compiled once for every instruction set.
 #include "common/dsu.h"
+#include "common/moments.h"
 
 template <class T>
 void pool_planes(const Shape& s, const Map<const T>& x, Acc<T>* y) {
     using A = Acc<T>;
-    constexpr int N = kLanes<A>;
     const int64_t HW = s.HW();
     parallel(s.B * s.C, HW, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-            const T* plane = x.at(i / s.C, i % s.C, 0);
-            LongSum<A> total;
-            Cut<N>(HW).each([&](int64_t p, int64_t n) DLA_INLINE {
-                fetch_ahead<1>(plane + p);
-                total.add(load<A>(plane + p, n));
-            });
-            y[i] = total.total() / A(HW);
+            y[i] = plane_sum(x.at(i / s.C, i % s.C, 0), HW) / A(HW);
         }
     });
 }

@@ -19,17 +19,11 @@ inline Vec<A> add_normed(Vec<A> x, Vec<A> o, Vec<A> mean, Vec<A> scale, Vec<A> b
 template <class T>
 void moments_planes(const Map<const T>& o, const Shape& s, Acc<T>* mean, Acc<T>* var) {
     using A = Acc<T>;
-    constexpr int N = kLanes<A>;
     const int64_t HW = s.HW();
     parallel(s.B * s.C, HW, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const T* from = o.at(i / s.C, i % s.C, 0);
-            LongSum<A> total;
-            Cut<N>(HW).each([&](int64_t p, int64_t n) DLA_INLINE {
-                fetch_ahead<1>(from + p);
-                total.add(load<A>(from + p, n));
-            });
-            mean[i] = total.total() / A(HW);
+            mean[i] = plane_sum(from, HW) / A(HW);
             var[i] = squared_deviations(from, HW, mean[i]) / A(HW);
         }
     });
