@@ -4,8 +4,8 @@
 // Whatever a row's loop calls is inlined by force: else GCC keeps filters and sums in memory.
 
 // Calls body with the lanes of a map's vectors, half of them where a row is so short that the rest would idle, and with
-// the vectors of a row where these are 1, 2 or 4, which a kernel may hold in registers; else with 0.
-template <class A, class Body>
+// the vectors of a row where these are 1, 2 or 4 and the kernel can hold so many, kMost, in registers; else with 0.
+template <class A, int kMost, class Body>
 void on_width(int64_t W, const Body& body) {
     constexpr std::integral_constant<int, kLanes<A>> lanes{};
     if constexpr (lanes() > 8) {
@@ -17,7 +17,7 @@ void on_width(int64_t W, const Body& body) {
         case 2:
             return body(lanes, std::integral_constant<int, 2>{});
         case 4:
-            return body(lanes, std::integral_constant<int, 4>{});
+            return body(lanes, std::integral_constant<int, kMost >= 4 ? 4 : 0>{});
         default:
             return body(lanes, std::integral_constant<int, 0>{});
     }
@@ -41,15 +41,14 @@ template <class A, int N, int K>
 struct Window {
     Vec<A, N> above[K] = {}, here[K] = {}, below[K] = {};
 
-    // Moves one row down; at(j, n) gives the n numbers from column j on of the row that comes from below, `last` of
-    // them in its last vector.
+    // Moves one row down; at(j, n) gives the n numbers from column j on of the row that comes from below.
     template <class At>
-    DLA_INLINE inline void move(const At& at, int64_t last) {
+    DLA_INLINE inline void move(const Cut<N>& row, const At& at) {
 #pragma GCC unroll 4
         for (int k = 0; k < K; ++k) {
             above[k] = here[k];
             here[k] = below[k];
-            below[k] = at(k * N, k + 1 < K ? N : last);
+            below[k] = at(k * N, row.template size<K>(k));
         }
     }
     DLA_INLINE inline void add_to(Columns<A, N>& columns, const Vec<A, N>* taps, int k) const {
@@ -106,6 +105,6 @@ DLA_INLINE inline void slide_row(const Cut<N>& row, const Columns<A, N>* columns
     for (int k = 0; k < K; ++k) {
         const Vec<A, N> left = k > 0 ? columns[k - 1].left : Vec<A, N>{};
         const Vec<A, N> right = k + 1 < K ? columns[k + 1].right : Vec<A, N>{};
-        put(k * N, k + 1 < K ? N : row.last_size(), meet<A, N>(left, columns[k], right));
+        put(k * N, row.template size<K>(k), meet<A, N>(left, columns[k], right));
     }
 }

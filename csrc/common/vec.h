@@ -242,15 +242,23 @@ struct Cut {
     }
     int64_t last() const { return tail > 0 ? whole : whole - N; }
     int64_t last_size() const { return tail > 0 ? tail : N; }
+    // Of vector k, where there are K of them: all but the last are known to be whole.
+    template <int K>
+    DLA_INLINE inline int64_t size(int k) const {
+        return k + 1 < K ? N : last_size();
+    }
 };
 
 // v as a map of type T keeps it.
 template <class T, class A, int N = kLanes<A>>
 inline Vec<A, N> as_kept(Vec<A, N> v) {
-    if constexpr (std::is_same_v<T, A>) return v;
-    T kept[N];
-    store<A, N>(kept, v);
-    return load<A, N>(kept);
+    if constexpr (std::is_same_v<T, A>) {
+        return v;
+    } else {
+        T kept[N];
+        store<A, N>(kept, v);
+        return load<A, N>(kept);
+    }
 }
 
 template <class V, int kFrom, int... I>

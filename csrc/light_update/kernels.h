@@ -18,7 +18,8 @@ template <class T>
 void forward(const LightUpdateForward<T>& a, bool channels_last) {
     on_carry(a, [&](auto carry) {
         if (channels_last) return forward_rows_of<T, carry()>(a);
-        on_width<Acc<T>>(a.shape.W, [&](auto lanes, auto k) { forward_planes_of<T, lanes(), k(), carry()>(a); });
+        on_width<Acc<T>, kForwardVectors>(a.shape.W,
+                                          [&](auto lanes, auto k) { forward_planes_of<T, lanes(), k(), carry()>(a); });
     });
 }
 
@@ -26,8 +27,7 @@ template <class T>
 void backward(const LightUpdateBackward<T>& a, bool channels_last) {
     on_carry(a, [&](auto carry) {
         if (channels_last) return backward_rows_of<T, carry()>(a);
-        on_width<Acc<T>>(a.shape.W, [&](auto lanes, auto k) {
-            backward_planes_of<T, lanes(), k() <= 2 ? k() : 0, carry()>(a);  // four vectors do not fit in registers
-        });
+        on_width<Acc<T>, kBackwardVectors>(
+            a.shape.W, [&](auto lanes, auto k) { backward_planes_of<T, lanes(), k(), carry()>(a); });
     });
 }

@@ -1,6 +1,10 @@
 // light_update on NCHW maps, plane by plane and row by row, so that every map is one stream, fetched ahead.
 #include "common/conv3x3.h"
 
+// The vectors of a row that a filter holds in registers. Its backward has nine sums beside nine taps: with four vectors
+// some would lie on the stack, which costs more than rows read from the first cache.
+constexpr int kForwardVectors = 4, kBackwardVectors = 2;
+
 template <class A, int N>
 DLA_INLINE inline void broadcast_taps(const A* filter, Vec<A, N>* taps) {
 #pragma GCC unroll 9
@@ -18,9 +22,10 @@ DLA_INLINE inline void filter_plane(const T* x, const T* carried, int64_t H, int
     if constexpr (kCarry != Carry::none) broadcast_taps<A, N>(filter_carried, fc);
     const Cut<N> cut(W);
     const auto add_scaled = [&](Columns<A, N>& columns, const T* from, int64_t n) DLA_INLINE {
-        if constexpr (kCarry != Carry::scaled) return;
-        fetch_ahead<kStreams>(from);
-        columns.middle += fc[4] * load<A, N>(from, n);
+        if constexpr (kCarry == Carry::scaled) {
+            fetch_ahead<kStreams>(from);
+            columns.middle += fc[4] * load<A, N>(from, n);
+        }
     };
     if constexpr (K > 0) {
         Window<A, N, K> of_x, of_carried;
@@ -34,8 +39,8 @@ DLA_INLINE inline void filter_plane(const T* x, const T* carried, int64_t H, int
                 return [=](int64_t j, int64_t n)
                            DLA_INLINE { return i < H ? load_once<A, N>(map + i * W + j, n) : Vec<A, N>{}; };
             };
-            of_x.move(row_of(x), cut.last_size());
-            if constexpr (kCarry == Carry::filtered) of_carried.move(row_of(carried), cut.last_size());
+            of_x.move(cut, row_of(x));
+            if constexpr (kCarry == Carry::filtered) of_carried.move(cut, row_of(carried));
         };
         move(0);
         for (int64_t i = 0; i < H; ++i) {
@@ -51,7 +56,7 @@ DLA_INLINE inline void filter_plane(const T* x, const T* carried, int64_t H, int
             for (int k = 0; k < K; ++k) {
                 of_x.add_to(columns[k], fx, k);
                 if constexpr (kCarry == Carry::filtered) of_carried.add_to(columns[k], fc, k);
-                add_scaled(columns[k], carried + i * W + k * N, k + 1 < K ? N : cut.last_size());
+                add_scaled(columns[k], carried + i * W + k * N, cut.template size<K>(k));
             }
             slide_row<A, N, K>(cut, columns,
                                [&](int64_t j, int64_t n, Vec<A, N> v) DLA_INLINE { put(i * W + j, n, v); });
@@ -174,7 +179,7 @@ DLA_INLINE inline void filter_plane_backward(const GradientRows<A>& rows, const 
                 if constexpr (kGradient == Gradient::kept) store<A, N>(rows.row(i) + j, g);
                 return g;
             };
-            window.move(at, cut.last_size());
+            window.move(cut, at);
         };
         next_row(0);
         for (int64_t i = 0; i < H; ++i) {
@@ -184,7 +189,7 @@ DLA_INLINE inline void filter_plane_backward(const GradientRows<A>& rows, const 
             for (int k = 0; k < K; ++k) {
                 const T* from = x + i * W + k * N;
                 fetch_ahead<kStreams>(from);
-                at[k] = load_once<A, N>(from, k + 1 < K ? N : cut.last_size());
+                at[k] = load_once<A, N>(from, cut.template size<K>(k));
             }
             Columns<A, N> columns[K];
 #pragma GCC unroll 4
