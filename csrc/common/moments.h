@@ -6,7 +6,7 @@ template <class T, class A = Acc<T>>
 A plane_sum(const T* from, int64_t n) {
     LongSum<A> total;
     Cut<kLanes<A>>(n).each([&](int64_t i, int64_t some) DLA_INLINE {
-        fetch_ahead<1>(from + i);
+        fetch_ahead_to_keep<1>(from + i);
         total.add(load<A>(from + i, some));
     });
     return total.total();

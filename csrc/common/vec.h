@@ -25,11 +25,16 @@ inline Vec<A, N> broadcast(A value) {
 
 // Asks for what a loop over so many streams comes to some vectors later, to read or to write. The hardware does so by
 // itself, but stops at every page, and a loop of many instructions does not reach its next page in time. What is on its
-// way of all streams together counts: with less memory waits, with more the first cache has no room. Always inlined:
-// GCC takes a call of a function that does nothing else for one without an effect.
+// way of all streams together counts: with less memory waits, with more the first cache has no room. What is read once
+// for long then leaves the caches first, and what a network comes back to stays there. Always inlined: GCC takes a call
+// of a function that does nothing else for one without an effect.
 constexpr int64_t kOnTheWay = 9216;  // bytes
 template <int kStreams, class T>
 DLA_INLINE inline void fetch_ahead(const T* p) {
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + kOnTheWay / kStreams, 0, 0);
+}
+template <int kStreams, class T>
+DLA_INLINE inline void fetch_ahead_to_keep(const T* p) {
     __builtin_prefetch(reinterpret_cast<const char*>(p) + kOnTheWay / kStreams);
 }
 template <int kStreams, class T>

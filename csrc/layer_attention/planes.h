@@ -103,7 +103,10 @@ void dot_planes(const A* g, int64_t pitch, const Streams<T>& streams, int64_t fi
             const Planes<T, count()> planes(streams, m, c);
             Cut<N>(n).each([&](int64_t p, int64_t some) DLA_INLINE {
                 const auto v = load<A>(at + p);
-                for (int i = 0; i < count(); ++i) totals[i] += v * load<A>(planes.maps[i] + p, some);
+                for (int i = 0; i < count(); ++i) {
+                    fetch_ahead<count() + 1>(planes.maps[i] + p);
+                    totals[i] += v * load<A>(planes.maps[i] + p, some);
+                }
             });
             for (int i = 0; i < count(); ++i) sums[(m + i) * streams.C + c] = sum<A>(totals[i]);
         }
@@ -236,6 +239,8 @@ void backward_planes_of(const LayerAttentionBackward<T>& a) {
                          T* grad_o = a.grad_o.at(b, c, 0);
                          const auto own_weight = broadcast(weights[(a.layers - 1) * C + c]);
                          Cut<N>(HW).each([&](int64_t p, int64_t n) DLA_INLINE {
+                             fetch_ahead<4>(grad_out + p);
+                             fetch_ahead<4>(o + p);
                              const auto g = of.gradient(load<A>(grad_out + p, n), load<A>(o + p, n));
                              store<A>(grad_o + p, g, n);
                              store<A>(grad + p, keep_lanes<A>(g, n));

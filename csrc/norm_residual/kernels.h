@@ -75,6 +75,8 @@ void forward_planes(const NormResidualForward<T>& a) {
             T* out = a.out.at(b, c, 0);
             Vec<A> total = {};
             Cut<N>(HW).each([&, relu = a.relu](int64_t p, int64_t n) DLA_INLINE {
+                if (x) fetch_ahead<3>(x + p);
+                fetch_ahead<3>(o + p);
                 const auto residual = x ? load<A>(x + p, n) : Vec<A>{};
                 const auto value = add_normed<A>(residual, load<A>(o + p, n), mean, scale, bias, keep, relu);
                 store<A>(out + p, value, n);
@@ -162,7 +164,13 @@ void backward_planes(const NormResidualBackward<T>& a) {
             T* grad_x = a.grad_x ? a.grad_x.at(b, c, 0) : nullptr;
             T* grad_o = a.grad_o ? a.grad_o.at(b, c, 0) : nullptr;
             GradientSums<A> sums;
+            // What the sums have read, the gradients' pass reads again.
+            const auto fetch = [last = bool(a.grad_o)](const T* from)
+                                   DLA_INLINE { last ? fetch_ahead<4>(from) : fetch_ahead_to_keep<4>(from); };
             Cut<N>(HW).each([&, relu = a.relu](int64_t p, int64_t n) DLA_INLINE {
+                fetch(grad_out + p);
+                fetch(o + p);
+                if (relu == Relu::sum) fetch(out + p);
                 backward_vector<T>(grad_out + p, o + p, out + p, grad_x ? grad_x + p : nullptr,
                                    grad_o ? grad_o + p : nullptr, n, grad_y, of, keep, relu, sums);
             });
