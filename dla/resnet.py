@@ -37,7 +37,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
-        self.act = nn.ReLU()
+        self.act = nn.ReLU(inplace=True)
         self.drop_path = DropPath(drop_path)
         self.downsample = None
         if stride != 1 or in_channels != out_channels:
@@ -129,7 +129,7 @@ class ResNet(
         else:
             self.conv1 = nn.Conv2d(in_chans, channels, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.act = nn.ReLU()
+        self.act = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
         self.feature_info = [{"num_chs": channels, "reduction": 2 if stem == "imagenet" else 1, "module": "act"}]
         reduction_ratio = 4 if stem == "imagenet" else 1
