@@ -13,7 +13,10 @@ void add_pixel(const Map<const T>* maps, const A* weights, int64_t count, int64_
         for (int64_t m = 0; m < count; ++m) {
             const T* from = maps[m].at(b, 0, p) + c;
             const A* weight = weights + m * C + c;
-            for (int i = 0; i < kVectors; ++i) sums[i] += load<A>(weight + i * N) * load<A>(from + i * N);
+            for (int i = 0; i < kVectors; ++i) {
+                fetch_ahead<6>(from + i * N);
+                sums[i] += load<A>(weight + i * N) * load<A>(from + i * N);
+            }
         }
         for (int i = 0; i < kVectors; ++i) store<A>(o + c + i * N, sums[i]);
     }
@@ -91,6 +94,8 @@ void backward_rows(const LayerAttentionBackward<T>& a) {
                     const T *grad_out = a.grad_out.at(b, 0, p), *o = a.o.at(b, 0, p);
                     for (int64_t c = 0; c < s.C; c += N) {
                         const int64_t n = s.C - c;
+                        fetch_ahead<4>(grad_out + c);
+                        fetch_ahead<4>(o + c);
                         const auto scale = load<A>(a.scale + c, n);
                         const NormVectors<A> of{
                             keep * scale,           load<A>(a.mean + c, n),  scale,
@@ -107,6 +112,7 @@ void backward_rows(const LayerAttentionBackward<T>& a) {
                         const T* value = a.values[m].at(b, 0, i * s.W + j);
                         for (int64_t c = 0; c < s.C; c += N) {
                             const int64_t n = s.C - c;
+                            fetch_ahead<2>(value + c);
                             const auto product = load<A>(&grad[j * pitch + c]) * load<A>(value + c, n);
                             store<A>(products + c, load<A>(products + c, n) + product, n);
                         }

@@ -160,7 +160,10 @@ void backward_row_of(const RowWindow<A>& grad, const Shape& s, int64_t b, int64_
     constexpr int N = kLanes<A>;
     for (int64_t j = 0; j < s.W; ++j) {
         const T* from = x.at(b, 0, i * s.W + j);
-        for (int64_t c = 0; c < s.C; c += N) store<A>(row + j * grad.pitch + c, load<A>(from + c, s.C - c));
+        for (int64_t c = 0; c < s.C; c += N) {
+            fetch_ahead<4>(from + c);
+            store<A>(row + j * grad.pitch + c, load<A>(from + c, s.C - c));
+        }
     }
     for (int64_t c = 0; c < s.C; c += N) backward_row<kFiltered>(grad, i, c, filters, row, products);
     for (int64_t j = 0; grad_x && j < s.W; ++j) {
@@ -183,6 +186,8 @@ void output_gradient(const LightUpdateBackward<T>& a, int64_t b, int64_t p, A* t
     const A *factor = a.factor ? a.factor + b * C : nullptr, *offset = a.offset + b * C;
     for (int64_t c = 0; c < C; c += kLanes<A>) {
         const int64_t n = C - c;
+        fetch_ahead<4>(grad_out + c);
+        fetch_ahead<4>(o + c);
         Vec<A> g = load<A>(a.slope + c, n) * (load<A>(o + c, n) - load<A>(a.mean + c, n)) + load<A>(offset + c, n);
         if (factor) g += load<A>(factor + c, n) * load<A>(grad_out + c, n);
         if (grad_o) g += load<A>(grad_o + c, n);

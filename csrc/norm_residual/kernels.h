@@ -46,7 +46,10 @@ void moments_rows(const Map<const T>& o, const Shape& s, Acc<T>* mean, Acc<T>* v
                 for (int64_t c = 0; c < s.C; c += N) {
                     const int64_t n = s.C - c;
                     Vec<A> total = {}, squares = {};
-                    for (int64_t j = 0; j < s.W; ++j) total += load<A>(row + j * o.pixel + c, n);
+                    for (int64_t j = 0; j < s.W; ++j) {
+                        fetch_ahead_to_keep<1>(row + j * o.pixel + c);
+                        total += load<A>(row + j * o.pixel + c, n);
+                    }
                     const Vec<A> centre = total / A(s.W);
                     for (int64_t j = 0; j < s.W; ++j) {
                         const Vec<A> centred = load<A>(row + j * o.pixel + c, n) - centre;
@@ -105,6 +108,8 @@ void forward_rows(const NormResidualForward<T>& a) {
                 T* out = a.out.at(b, 0, p);
                 for (int64_t c = 0; c < s.C; c += N) {
                     const int64_t n = s.C - c;
+                    if (x) fetch_ahead<3>(x + c);
+                    fetch_ahead<3>(o + c);
                     const auto residual = x ? load<A>(x + c, n) : Vec<A>{};
                     const auto value = add_normed<A>(residual, load<A>(o + c, n), load<A>(a.mean + c, n),
                                                      load<A>(a.scale + c, n), load<A>(a.bias + c, n), keep, a.relu);
