@@ -15,6 +15,9 @@ struct DsuStep {
         : reduced_y(d.M() * d.R), reduced_h(d.B * d.R), gates(d.M() * 3 * d.C), context(d.M() * d.C) {}
 };
 
+// A vector's activation takes as long as so many elements that are read and written.
+constexpr int64_t kActivation = 16;
+
 template <class A>
 inline Vec<A> activate(Activation activation, Vec<A> c) {
     switch (activation) {
@@ -57,7 +60,7 @@ void dsu_forward(const Dsu<A>& d, const A* y, const A* h, const A* c, const DsuS
     }
     linear(M, 3 * C, d.R, step.reduced_y.get(), d.expand_y, d.joint ? nullptr : from_h.get(), d.T, false,
            step.gates.get());
-    parallel(M, 16 * C, [&](int64_t begin, int64_t end) {
+    parallel(M, kActivation * C, [&](int64_t begin, int64_t end) {
         for (int64_t m = begin; m < end; ++m) {
             A* gates = &step.gates[m * 3 * C];
             for (int64_t j = 0; j < C; j += kLanes<A>) {
@@ -75,13 +78,21 @@ void dsu_forward(const Dsu<A>& d, const A* y, const A* h, const A* c, const DsuS
     });
 }
 
+// A ReLU's gradient, where grad holds that of its output.
+template <class A>
+void stop_gradient(int64_t size, const A* output, A* grad) {
+    each_vector<A>(size, 1, [&](int64_t i, int64_t n) {
+        store<A>(grad + i, load<A>(output + i, n) <= 0 ? Vec<A>{} : load<A>(grad + i, n), n);
+    });
+}
+
 // grad_context [M, C], in total -> grad_y [M, C], grad_h and grad_c [B, C], and those of the weights, in grads.
 template <class A>
 void dsu_backward(const Dsu<A>& d, const A* y, const A* h, const A* c, const DsuStep<A>& step, const A* grad_context,
                   const Dsu<A>& grads, A* grad_y, A* grad_h, A* grad_c) {
     const int64_t B = d.B, C = d.C, M = d.M(), R = d.R;
     const Scratch<A> grad_gates(M * 3 * C), grad_c_rows(M * C);
-    parallel(M, 16 * C, [&](int64_t begin, int64_t end) {
+    parallel(M, kActivation * C, [&](int64_t begin, int64_t end) {
         for (int64_t m = begin; m < end; ++m) {
             const A* gates = &step.gates[m * 3 * C];
             A* to = &grad_gates[m * 3 * C];
@@ -97,31 +108,29 @@ void dsu_backward(const Dsu<A>& d, const A* y, const A* h, const A* c, const Dsu
             }
         }
     });
-    add_groups(B, d.T, C, grad_c_rows.get(), grad_c);
+    add_rows(B, d.T, C, grad_c_rows.get(), grad_c);
 
-    add_rows(M, 3 * C, grad_gates.get(), grads.expand_y.bias);
+    add_rows(1, M, 3 * C, grad_gates.get(), grads.expand_y.bias);
     product(3 * C, R, M, grad_gates.get(), 1, 3 * C, step.reduced_y.get(), R, grads.expand_y.weight, R);
     const Scratch<A> grad_reduced(M * R);
     product(M, R, 3 * C, grad_gates.get(), 3 * C, 1, d.expand_y.weight, R, grad_reduced.get(), R);
-    for (int64_t k = 0; k < M * R; ++k) grad_reduced[k] = step.reduced_y[k] <= A(0) ? A(0) : grad_reduced[k];
+    stop_gradient(M * R, step.reduced_y.get(), grad_reduced.get());
     product(R, C, M, grad_reduced.get(), 1, R, y, C, grads.reduce_y.weight, grads.reduce_y.pitch);
     product(M, C, R, grad_reduced.get(), R, 1, d.reduce_y.weight, d.reduce_y.pitch, grad_y, C);
 
     // h's branch sees the sums over the T rows that share an h.
     const Scratch<A> grad_reduced_h(B * R);
     if (d.joint) {
-        add_groups(B, d.T, R, grad_reduced.get(), grad_reduced_h.get());
+        add_rows(B, d.T, R, grad_reduced.get(), grad_reduced_h.get());
     } else {
-        add_rows(M, R, grad_reduced.get(), grads.reduce_y.bias);
+        add_rows(1, M, R, grad_reduced.get(), grads.reduce_y.bias);
         const Scratch<A> grad_from_h(B * 3 * C);
-        add_groups(B, d.T, 3 * C, grad_gates.get(), grad_from_h.get());
+        add_rows(B, d.T, 3 * C, grad_gates.get(), grad_from_h.get());
         std::copy_n(grads.expand_y.bias, 3 * C, grads.expand_h.bias);
         product(3 * C, R, B, grad_from_h.get(), 1, 3 * C, step.reduced_h.get(), R, grads.expand_h.weight, R);
         product(B, R, 3 * C, grad_from_h.get(), 3 * C, 1, d.expand_h.weight, R, grad_reduced_h.get(), R);
-        for (int64_t k = 0; k < B * R; ++k) {
-            if (step.reduced_h[k] <= A(0)) grad_reduced_h[k] = A(0);
-        }
-        add_rows(B, R, grad_reduced_h.get(), grads.reduce_h.bias);
+        stop_gradient(B * R, step.reduced_h.get(), grad_reduced_h.get());
+        add_rows(1, B, R, grad_reduced_h.get(), grads.reduce_h.bias);
     }
     product(R, C, B, grad_reduced_h.get(), 1, R, h, C, grads.reduce_h.weight, grads.reduce_h.pitch);
     product(B, C, R, grad_reduced_h.get(), R, 1, d.reduce_h.weight, d.reduce_h.pitch, grad_h, C);

@@ -1,6 +1,15 @@
 // Small matrix products of the recurrent state. Every element is summed by one thread in a fixed order. Included inside
 // an instruction set's namespace.
 
+// Calls body(i, n) with the n numbers from i on, at most a vector, for all of `size`; about `work` elements each.
+template <class A, class Body>
+void each_vector(int64_t size, int64_t work, const Body& body) {
+    constexpr int L = kLanes<A>;
+    parallel(ceil_div(size, L), L * work, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin * L; i < std::min(size, end * L); i += L) body(i, std::min<int64_t>(L, size - i));
+    });
+}
+
 // The form of linear() for few rows: dot products, which read a filter where it lies.
 template <class A>
 void linear_of_few_rows(int64_t M, int64_t N, int64_t K, const A* x, const Linear<A>& layer, const A* base,
@@ -148,17 +157,17 @@ void product(int64_t M, int64_t N, int64_t K, const A* a, int64_t row, int64_t c
     });
 }
 
-// out [N] = sum over the rows of x [M, N].
+// out [groups, N] = sums of M rows each of x [groups * M, N].
 template <class A>
-void add_rows(int64_t M, int64_t N, const A* x, A* out) {
-    std::fill_n(out, N, A(0));
-    for (int64_t m = 0; m < M; ++m) {
-        for (int64_t n = 0; n < N; ++n) out[n] += x[m * N + n];
-    }
-}
-
-// out [M / T, N] = sums of T rows each of x [M, N].
-template <class A>
-void add_groups(int64_t groups, int64_t T, int64_t N, const A* x, A* out) {
-    for (int64_t g = 0; g < groups; ++g) add_rows(T, N, x + g * T * N, out + g * N);
+void add_rows(int64_t groups, int64_t M, int64_t N, const A* x, A* out) {
+    constexpr int L = kLanes<A>;
+    const int64_t vectors = ceil_div(N, L);
+    parallel(groups * vectors, M * L, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t g = task / vectors, i = task % vectors * L, n = N - i;
+            Vec<A> total = {};
+            for (int64_t m = g * M; m < (g + 1) * M; ++m) total += load<A>(x + m * N + i, n);
+            store<A>(out + g * N + i, total, n);
+        }
+    });
 }

@@ -39,11 +39,11 @@ void pool_rows(const Shape& s, const Map<const T>& x, Acc<T>* y) {
 template <class A>
 void read_state(const Dsu<A>& dsu, const DsuStep<A>& step, A* h, A* c) {
     const int64_t size = dsu.M() * dsu.C;
-    for (int64_t i = 0; i < size; i += kLanes<A>) {
-        const Vec<A> context = load<A>(&step.context[i], size - i);
-        if (c) store<A>(c + i, context, size - i);
-        if (h) store<A>(h + i, activate<A>(dsu.activation, context), size - i);
-    }
+    each_vector<A>(size, kActivation, [&](int64_t i, int64_t n) {
+        const Vec<A> context = load<A>(&step.context[i], n);
+        if (c) store<A>(c + i, context, n);
+        if (h) store<A>(h + i, activate<A>(dsu.activation, context), n);
+    });
 }
 
 template <class A>
@@ -60,14 +60,13 @@ void forward(const GapDsuForward<A>& a) {
 template <class A>
 void context_gradient(const Dsu<A>& dsu, const DsuStep<A>& step, const A* grad_h, const A* grad_c, A* grad) {
     const int64_t size = dsu.M() * dsu.C;
-    for (int64_t i = 0; i < size; i += kLanes<A>) {
-        const int64_t n = size - i;
+    each_vector<A>(size, kActivation, [&](int64_t i, int64_t n) {
         Vec<A> g = grad_c ? load<A>(grad_c + i, n) : Vec<A>{};
         if (grad_h) {
             g += load<A>(grad_h + i, n) * activation_slope<A>(dsu.activation, load<A>(&step.context[i], n));
         }
         store<A>(grad + i, g, n);
-    }
+    });
 }
 
 template <class A>

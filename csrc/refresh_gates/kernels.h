@@ -6,7 +6,9 @@ template <class A>
 Scratch<A> gated_features(const RefreshGates<A>& a) {
     const int64_t size = a.dsu.M() * a.dsu.C;
     Scratch<A> y(size);
-    for (int64_t i = 0; i < size; ++i) y[i] = a.features[i] * a.gates[i];
+    each_vector<A>(size, 1, [&](int64_t i, int64_t n) {
+        store<A>(&y[i], load<A>(a.features + i, n) * load<A>(a.gates + i, n), n);
+    });
     return y;
 }
 
@@ -21,10 +23,9 @@ void forward(const RefreshGatesForward<A>& a) {
     const int64_t size = a.dsu.M() * a.dsu.C;
     const DsuStep<A> step(a.dsu);
     dsu_forward(a.dsu, gated_features(a).get(), a.h, a.c, step);
-    for (int64_t i = 0; i < size; i += kLanes<A>) {
-        const Vec<A> d = new_gate(a, load<A>(&step.context[i], size - i));
-        store<A>(a.out + i, load<A>(a.gates + i, size - i) * d, size - i);
-    }
+    each_vector<A>(size, kActivation, [&](int64_t i, int64_t n) {
+        store<A>(a.out + i, load<A>(a.gates + i, n) * new_gate(a, load<A>(&step.context[i], n)), n);
+    });
 }
 
 template <class A>
@@ -33,18 +34,16 @@ void backward(const RefreshGatesBackward<A>& a) {
     const DsuStep<A> step(a.dsu);
     const Scratch<A> y = gated_features(a), grad_context(size), grad_y(size);
     dsu_forward(a.dsu, y.get(), a.h, a.c, step);
-    for (int64_t i = 0; i < size; i += kLanes<A>) {
-        const int64_t n = size - i;
+    each_vector<A>(size, kActivation, [&](int64_t i, int64_t n) {
         const Vec<A> context = load<A>(&step.context[i], n);
         Vec<A> grad = load<A>(a.grad + i, n) * load<A>(a.gates + i, n);
         if (!a.of_context) grad *= activation_slope<A>(a.dsu.activation, context);
         store<A>(&grad_context[i], grad, n);
-    }
+    });
     dsu_backward(a.dsu, y.get(), a.h, a.c, step, grad_context.get(), a.grads, grad_y.get(), a.grad_h, a.grad_c);
-    for (int64_t i = 0; i < size; i += kLanes<A>) {
-        const int64_t n = size - i;
+    each_vector<A>(size, kActivation, [&](int64_t i, int64_t n) {
         const Vec<A> of_y = load<A>(&grad_y[i], n), d = new_gate(a, load<A>(&step.context[i], n));
         store<A>(a.grad_features + i, of_y * load<A>(a.gates + i, n), n);
         store<A>(a.grad_gates + i, load<A>(a.grad + i, n) * d + of_y * load<A>(a.features + i, n), n);
-    }
+    });
 }
