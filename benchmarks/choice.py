@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import geometric_mean
 
-from dla.benchmarks.report import p50
+from dla.benchmarks.readings import p50
 from dla.benchmarks.run import load
 
 BACKENDS = ("native", "triton")

@@ -16,7 +16,20 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from dla import cli
-from dla.benchmarks import blocks, choice, depth, floors, launches, measure, models, networks, ops, report, run
+from dla.benchmarks import (
+    blocks,
+    choice,
+    depth,
+    floors,
+    launches,
+    measure,
+    models,
+    networks,
+    ops,
+    readings,
+    report,
+    run,
+)
 from dla.benchmarks.measure import Prepared, Row, Wrong
 from dla_kernels import native
 
@@ -307,7 +320,7 @@ def test_the_facts(results):
     rows = {row["name"]: row for row in results["rows"]}
     light = rows["ops light_update forward 2x32x4x4 float32 NCHW"]["facts"]
     assert light["map_bytes"] == 2 * 32 * 4 * 4 * 4
-    assert report.moved(rows["ops light_update forward 2x32x4x4 float32 NCHW"]) == 6 * light["map_bytes"]
+    assert readings.moved(rows["ops light_update forward 2x32x4x4 float32 NCHW"]) == 6 * light["map_bytes"]
     assert light["goal"] == 0.8
     assert "goal" not in rows["ops light_update forward 1x32x2x3 float32 NCHW"]["facts"]
     assert rows["models resnet20_dla_l 2 32 train step"]["facts"]["goal"] == 1.35
@@ -342,7 +355,7 @@ def test_every_floor_is_asked(results):
         for factor, is_met in ((1e-9, True), (1e9, False)):  # of our time, whatever the unit
             other = copy.deepcopy(row)
             other["over_ours"] = {name: over / factor for name, over in row["over_ours"].items()}
-            assert report.met(other) == is_met, row["name"]
+            assert readings.met(other) == is_met, row["name"]
     on_gpu = [row.labels for row in floors.rows(torch.device("cuda"))]
     assert len(on_gpu) == 8 + 24 + 2 + 2
     assert {"what": "light_update", "": "forward", "at": "256x256x56x56"} in on_gpu
@@ -354,9 +367,9 @@ def test_shares_of_a_copy_and_of_the_limit():
         "seconds": {"native": {"p50": 12.0}},
         "over_ours": {"native": 1, "read": 1 / 12, "copy": 3 / 12},
     }
-    assert report.of_copy(row) == pytest.approx(6 / 2 * 3 / 12)
-    assert report.of_limit(row) == pytest.approx((4 * 1 + 2 * 2) / 12)
-    assert report.of_copy({**row, "facts": {"reads": 0, "writes": 0, "map_bytes": 10}}) is None
+    assert readings.of_copy(row) == pytest.approx(6 / 2 * 3 / 12)
+    assert readings.of_limit(row) == pytest.approx((4 * 1 + 2 * 2) / 12)
+    assert readings.of_copy({**row, "facts": {"reads": 0, "writes": 0, "map_bytes": 10}}) is None
 
 
 def changed(results, factor):

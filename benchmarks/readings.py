@@ -1,0 +1,54 @@
+"""What is read off a measured row."""
+
+
+def p50(row: dict, rival: str) -> float | None:
+    return row["seconds"][rival]["p50"] if rival in row["seconds"] else None
+
+
+def ours(row: dict) -> str:
+    return next(iter(row["seconds"]))
+
+
+def ratio(row: dict, rival: str | None = None) -> float:
+    """A rival's time, by default ours, over the base's."""
+    return row["over_ours"][rival or ours(row)] / row["over_ours"][row["base"]]
+
+
+def moved(row: dict) -> int:
+    """Bytes that an op must move."""
+    return (row["facts"]["reads"] + row["facts"]["writes"]) * row["facts"]["map_bytes"]
+
+
+def of_copy(row: dict) -> float | None:
+    """Bytes a second over those of a copy of such a map into a new tensor, in the same rounds."""
+    if not moved(row):
+        return None
+    return moved(row) / (2 * row["facts"]["map_bytes"]) * row["over_ours"]["copy"]
+
+
+def of_limit(row: dict) -> float | None:
+    """What the reads take at the rate of a sum, and the writes at that of a copy less its reads, over our time."""
+    if not moved(row):
+        return None
+    read, copy = row["over_ours"]["read"], row["over_ours"]["copy"]
+    return row["facts"]["reads"] * read + row["facts"]["writes"] * max(0, copy - read)
+
+
+def reached(row: dict) -> float:
+    """What a row of ``floors`` is measured by: see that file."""
+    facts, over_ours = row["facts"], row["over_ours"]
+    match facts["unit"]:
+        case "of copy":
+            return of_copy(row)
+        case "x two launches":
+            return 1 / (2 * over_ours["empty"] + facts["bytes"] / (2 * facts["map_bytes"]) * over_ours["copy"])
+        case "x as fast":
+            return over_ours[row["base"]]
+        case "x the time":
+            return 1 / over_ours[row["base"]]
+    raise ValueError(f"no such unit: {facts['unit']}")
+
+
+def met(row: dict) -> bool:
+    facts = row["facts"]
+    return reached(row) <= facts["asked"] if facts["is_most"] else reached(row) >= facts["asked"]
