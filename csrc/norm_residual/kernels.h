@@ -78,8 +78,6 @@ void forward_planes(const NormResidualForward<T>& a) {
             T* out = a.out.at(b, c, 0);
             Vec<A> total = {};
             Cut<N>(HW).each([&, relu = a.relu](int64_t p, int64_t n) DLA_INLINE {
-                if (x) fetch_ahead<3>(x + p);
-                fetch_ahead<3>(o + p);
                 const auto residual = x ? load<A>(x + p, n) : Vec<A>{};
                 const auto value = add_normed<A>(residual, load<A>(o + p, n), mean, scale, bias, keep, relu);
                 store<A>(out + p, value, n);
