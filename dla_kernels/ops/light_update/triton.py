@@ -50,6 +50,9 @@ VALUE_SIZES = ((512, 4), (1024, 4))
 #: without and with the filter, and in NCHW, where each element has an address of its own.
 BACKWARD_SIZES = ((512, 4), (256, 2)), ((256, 4), (128, 2)), ((128, 4), (256, 8))
 
+#: The one of float64 in channels_last: on maps of 7x7 a value map's backward spills with four warps.
+FLOAT64_BACKWARD = ((512, 8),)
+
 
 @triton.jit
 def channel_conv(y, filter, i, inside, C, TAPS: tl.constexpr):
@@ -352,6 +355,12 @@ def _block(x: Tensor) -> int:
     return tiles_of(x, FORWARD_SIZES, tile_of)[0].channels
 
 
+def _backward_sizes(o: Tensor, filtered: bool) -> tuple[tuple[int, int], ...]:
+    if not is_channels_last(o):
+        return BACKWARD_SIZES[2]
+    return FLOAT64_BACKWARD if o.dtype.itemsize == 8 else BACKWARD_SIZES[filtered]
+
+
 def _run_forward(
     x, y, query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight, o, o_mean, o_var, norm,
     out, out_mean, eps, head_dim,
@@ -475,7 +484,7 @@ def backward(
         query_weight, key_weight, dense(value_weight), map_beside(carried, o),
         *map(dense, (carry_scale, gate, carry_weight)), as_map(grad_x), as_map(grad_carried), attention_parts,
         value_parts, scale_parts, gate_parts, carry_parts, of=tile_of,
-        sizes=BACKWARD_SIZES[carry_weight is not None if is_channels_last(o) else 2], EPS=eps, **constants,
+        sizes=_backward_sizes(o, carry_weight is not None), EPS=eps, **constants,
     )  # fmt: skip
     finished = [(attention_parts, of_attention), (gate_parts, of_gate)][: 1 if gate is None else 2]
     join_sums(*zip(*finished, strict=True))
