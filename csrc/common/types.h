@@ -19,11 +19,21 @@ using Half = c10::Half;
 // Channels_last maps are cut into runs of whole rows. The cut depends on the shape alone, never on the number of
 // threads, so that sums over the runs, added in order, always have the same bits.
 struct RowRuns {
-    int64_t rows, count;
+    int64_t rows, count, height;
 
     explicit RowRuns(const Shape& s)
         : rows(std::max<int64_t>(4, ceil_div(kElements, std::max<int64_t>(1, s.W * s.C)))),
-          count(ceil_div(s.H, rows)) {}
+          count(ceil_div(s.H, rows)),
+          height(s.H) {}
+
+    struct Run {
+        int64_t b, first, last;
+    };
+    // The rows of run k of all samples'.
+    Run run(int64_t k) const {
+        const int64_t first = k % count * rows;
+        return {k / count, first, std::min(height, first + rows)};
+    }
 
     static constexpr int64_t kElements = 1 << 15;  // 128 KiB of float32: little beside a map, much beside a task switch
 };

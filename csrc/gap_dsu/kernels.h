@@ -20,8 +20,7 @@ void pool_rows(const Shape& s, const Map<const T>& x, Acc<T>* y) {
     const Scratch<A> totals(s.B * runs.count * s.C, A(0));
     parallel(s.B * runs.count, runs.rows * s.W * s.C, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t b = i / runs.count, first = i % runs.count * runs.rows;
-            const int64_t last = std::min(s.H, first + runs.rows);
+            const auto [b, first, last] = runs.run(i);
             A* total = &totals[i * s.C];
             for (int64_t p = first * s.W; p < last * s.W; ++p) {
                 const T* pixel = x.at(b, 0, p);

@@ -51,8 +51,7 @@ void forward_rows(const LayerAttentionForward<T>& a) {
     parallel(tasks, a.layers * runs.rows * s.W * s.C, [&](int64_t begin, int64_t end) {
         const Scratch<A> o(s.W * pitch);
         for (int64_t k = begin; k < end; ++k) {
-            const int64_t b = k / runs.count, first = k % runs.count * runs.rows;
-            const int64_t last = std::min(s.H, first + runs.rows);
+            const auto [b, first, last] = runs.run(k);
             RunningMoments<A> moments{&totals[k * s.C], &deviations[k * s.C]};
             for (int64_t i = first; i < last; ++i) {
                 std::fill_n(o.get(), s.W * pitch, A(0));
@@ -84,8 +83,7 @@ void backward_rows(const LayerAttentionBackward<T>& a) {
     parallel(tasks, (2 * a.layers + a.later) * runs.rows * s.W * s.C, [&](int64_t begin, int64_t end) {
         const Scratch<A> grad(s.W * pitch), value_grad(s.W * pitch);
         for (int64_t k = begin; k < end; ++k) {
-            const int64_t b = k / runs.count, first = k % runs.count * runs.rows;
-            const int64_t last = std::min(s.H, first + runs.rows);
+            const auto [b, first, last] = runs.run(k);
             const A keep = a.keep ? a.keep[b] : A(1);
             const A* own_weights = a.weights + (b * a.layers + a.layers - 1) * s.C;
             for (int64_t i = first; i < last; ++i) {

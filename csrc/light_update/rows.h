@@ -70,8 +70,7 @@ void forward_rows_of(const LightUpdateForward<T>& a) {
         const RowWindow<A> x(s.W, pitch), carried(kCarry == Carry::filtered ? s.W : 0, pitch);
         const Scratch<A> o(s.W * pitch), filters(18 * pitch, A(0));
         for (int64_t k = begin; k < end; ++k) {
-            const int64_t b = k / runs.count, first = k % runs.count * runs.rows;
-            const int64_t last = std::min(s.H, first + runs.rows);
+            const auto [b, first, last] = runs.run(k);
             fill_filters(a, b, pitch, filters.get());
             RunningMoments<A> moments{&totals[k * s.C], &deviations[k * s.C]};
             for (int64_t i = first - 1; i <= last; ++i) {
@@ -206,8 +205,7 @@ void backward_rows_of(const LightUpdateBackward<T>& a) {
         const RowWindow<A> grad(s.W, pitch);
         const Scratch<A> filters(18 * pitch, A(0)), products(kProducts * pitch), buffer(s.W * pitch);
         for (int64_t k = begin; k < end; ++k) {
-            const int64_t b = k / runs.count, first = k % runs.count * runs.rows;
-            const int64_t last = std::min(s.H, first + runs.rows);
+            const auto [b, first, last] = runs.run(k);
             fill_filters(a, b, pitch, filters.get());
             std::fill_n(products.get(), kProducts * pitch, A(0));
             for (int64_t i = first - 1; i <= last; ++i) {

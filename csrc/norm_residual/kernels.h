@@ -39,9 +39,9 @@ void moments_rows(const Map<const T>& o, const Shape& s, Acc<T>* mean, Acc<T>* v
     const Scratch<A> totals(tasks * s.C, A(0)), deviations(tasks * s.C, A(0));
     parallel(tasks, runs.rows * s.W * s.C, [&](int64_t begin, int64_t end) {
         for (int64_t k = begin; k < end; ++k) {
-            const int64_t b = k / runs.count, first = k % runs.count * runs.rows;
+            const auto [b, first, last] = runs.run(k);
             RunningMoments<A> moments{&totals[k * s.C], &deviations[k * s.C]};
-            for (int64_t i = first; i < std::min(s.H, first + runs.rows); ++i) {
+            for (int64_t i = first; i < last; ++i) {
                 const T* row = o.at(b, 0, i * s.W);
                 for (int64_t c = 0; c < s.C; c += N) {
                     const int64_t n = s.C - c;
@@ -97,8 +97,7 @@ void forward_rows(const NormResidualForward<T>& a) {
     const Scratch<A> totals(s.B * runs.count * s.C, A(0));
     parallel(s.B * runs.count, runs.rows * s.W * s.C, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t b = i / runs.count, first = i % runs.count * runs.rows;
-            const int64_t last = std::min(s.H, first + runs.rows);
+            const auto [b, first, last] = runs.run(i);
             const auto keep = broadcast(a.keep ? a.keep[b] : A(1));
             A* total = totals.get() + i * s.C;
             for (int64_t p = first * s.W; p < last * s.W; ++p) {
@@ -196,8 +195,7 @@ void backward_rows(const NormResidualBackward<T>& a) {
     const Scratch<A> partials(3 * tasks * s.C, A(0));
     parallel(tasks, runs.rows * s.W * s.C, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t b = i / runs.count, first = i % runs.count * runs.rows;
-            const int64_t last = std::min(s.H, first + runs.rows);
+            const auto [b, first, last] = runs.run(i);
             const auto keep = broadcast(a.keep ? a.keep[b] : A(1));
             const A* grad_y = a.grad_y ? a.grad_y + b * s.C : nullptr;
             for (int64_t p = first * s.W; p < last * s.W; ++p) {
