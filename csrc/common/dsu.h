@@ -80,7 +80,7 @@ void dsu_forward(const Dsu<A>& d, const A* y, const A* h, const A* c, const DsuS
 
 // A ReLU's gradient, where grad holds that of its output.
 template <class A>
-void stop_gradient(int64_t size, const A* output, A* grad) {
+void through_relu(int64_t size, const A* output, A* grad) {
     each_vector<A>(size, 1, [&](int64_t i, int64_t n) {
         store<A>(grad + i, load<A>(output + i, n) <= 0 ? Vec<A>{} : load<A>(grad + i, n), n);
     });
@@ -114,7 +114,7 @@ void dsu_backward(const Dsu<A>& d, const A* y, const A* h, const A* c, const Dsu
     product(3 * C, R, M, grad_gates.get(), 1, 3 * C, step.reduced_y.get(), R, grads.expand_y.weight, R);
     const Scratch<A> grad_reduced(M * R);
     product(M, R, 3 * C, grad_gates.get(), 3 * C, 1, d.expand_y.weight, R, grad_reduced.get(), R);
-    stop_gradient(M * R, step.reduced_y.get(), grad_reduced.get());
+    through_relu(M * R, step.reduced_y.get(), grad_reduced.get());
     product(R, C, M, grad_reduced.get(), 1, R, y, C, grads.reduce_y.weight, grads.reduce_y.pitch);
     product(M, C, R, grad_reduced.get(), R, 1, d.reduce_y.weight, d.reduce_y.pitch, grad_y, C);
 
@@ -129,7 +129,7 @@ void dsu_backward(const Dsu<A>& d, const A* y, const A* h, const A* c, const Dsu
         std::copy_n(grads.expand_y.bias, 3 * C, grads.expand_h.bias);
         product(3 * C, R, B, grad_from_h.get(), 1, 3 * C, step.reduced_h.get(), R, grads.expand_h.weight, R);
         product(B, R, 3 * C, grad_from_h.get(), 3 * C, 1, d.expand_h.weight, R, grad_reduced_h.get(), R);
-        stop_gradient(B * R, step.reduced_h.get(), grad_reduced_h.get());
+        through_relu(B * R, step.reduced_h.get(), grad_reduced_h.get());
         add_rows(1, B, R, grad_reduced_h.get(), grads.reduce_h.bias);
     }
     product(R, C, B, grad_reduced_h.get(), 1, R, h, C, grads.reduce_h.weight, grads.reduce_h.pitch);
