@@ -6,6 +6,7 @@
 #include <map>
 #include <string>
 
+#include "common/caches.h"
 #include "common/isa.h"
 
 namespace {
@@ -31,4 +32,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("instruction_sets", &dla::runnable_isas, "The instruction sets that kernels can use here, best last.");
     m.def("instruction_set", &dla::active_isa_name, "The one they use.");
     m.def("use_instruction_set", &dla::use_isa, "Makes them use another: for tests and benchmarks.");
+    m.def(
+        "use_cache_bytes", [](int64_t bytes) { return dla::cache_bytes.exchange(bytes); },
+        "Makes them take the caches for this large, and returns what they did before: for tests and benchmarks.");
 }

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <utility>
 
+#include "common/caches.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/types.h"

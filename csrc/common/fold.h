@@ -11,8 +11,8 @@ inline Vec<A, N> folded(Vec<A, N> x, Vec<A, N> o, Vec<A, N> scale, Vec<A, N> shi
 // o_out point to the first pixel, each with a stride of its own. Adds o and out to their totals [C], where given.
 template <class A, class T>
 void fold_pixels(const A* o, int64_t pitch, int64_t pixels, int64_t C, const T* x, int64_t x_pitch, const A* scale,
-                 const A* shift, bool relu, T* out, int64_t out_pitch, T* o_out, int64_t o_pitch, A* o_totals,
-                 A* out_totals) {
+                 const A* shift, bool relu, bool past, T* out, int64_t out_pitch, T* o_out, int64_t o_pitch,
+                 A* o_totals, A* out_totals) {
     const auto add = [&](A* totals, int64_t c, Vec<A> total) {
         if (totals) store<A>(totals + c, load<A>(totals + c, C - c) + total, C - c);
     };
@@ -25,8 +25,8 @@ void fold_pixels(const A* o, int64_t pitch, int64_t pixels, int64_t C, const T* 
             const auto sum_of = folded<A>(load<A>(x + p * x_pitch + c, n), value, a, b, relu);
             o_total += value;
             out_total += sum_of;
-            if (o_out) store<A>(o_out + p * o_pitch + c, value, n);
-            store<A>(out + p * out_pitch + c, sum_of, n);
+            if (o_out) write<0, A>(past, o_out + p * o_pitch + c, value, n);
+            write<0, A>(past, out + p * out_pitch + c, sum_of, n);
         }
         add(o_totals, c, o_total);
         add(out_totals, c, out_total);

@@ -44,7 +44,7 @@ struct RunningMoments {
 
 // o [pixels, C], `pitch` apart and readable up to a whole vector beyond C -> out, and the group joins `moments`.
 template <class A, class T>
-void finish_pixels(const A* o, int64_t pitch, int64_t pixels, int64_t C, T* out, int64_t out_pitch,
+void finish_pixels(const A* o, int64_t pitch, int64_t pixels, int64_t C, bool past, T* out, int64_t out_pitch,
                    RunningMoments<A>& moments) {
     constexpr int N = kLanes<A>;
     for (int64_t c = 0; c < C; c += N) {
@@ -55,7 +55,7 @@ void finish_pixels(const A* o, int64_t pitch, int64_t pixels, int64_t C, T* out,
             const Vec<A> value = load<A>(o + p * pitch + c);
             const Vec<A> centred = value - mean;
             deviations += centred * centred;
-            store<A>(out + p * out_pitch + c, value, C - c);
+            write<0, A>(past, out + p * out_pitch + c, value, C - c);
         }
         moments.add(c, C - c, pixels, total, deviations);
     }

@@ -199,6 +199,30 @@ inline void store(T* p, Vec<A, N> v, int64_t n) {
     store_some<N>(p, some, n);
 }
 
+// Writes the first n of N numbers of a result, past the caches or into them, then fetched ahead as one of kStreams;
+// none says not to.
+template <int kStreams, class A, int N = kLanes<A>, class T>
+DLA_INLINE inline void write(bool past, T* p, Vec<A, N> v, int64_t n) {
+#if DLA_MULTI_ISA
+    if constexpr (N * sizeof(T) >= sizeof(__m128i)) {
+        if (past) {
+            T numbers[N];
+            store<A, N>(numbers, v);
+#pragma GCC unroll 4
+            for (int i = 0; i < N; i += sizeof(__m128i) / sizeof(T)) {
+                if (i >= n) break;
+                __m128i some;
+                std::memcpy(&some, numbers + i, sizeof(some));
+                _mm_stream_si128(reinterpret_cast<__m128i*>(p + i), some);
+            }
+            return;
+        }
+    }
+#endif
+    if constexpr (kStreams > 0) fetch_ahead_to_write<kStreams>(p);
+    store<A, N>(p, v, n);
+}
+
 // v in the first n lanes, zero in the others, whatever they hold.
 template <class A, int N = kLanes<A>>
 inline Vec<A, N> keep_lanes(Vec<A, N> v, int64_t n) {

@@ -115,7 +115,7 @@ void dot_planes(const A* g, int64_t pitch, const Streams<T>& streams, int64_t fi
 
 // One plane of the layer's own value map, and o = weight * that, as the map keeps it; returns its sum. zeros [W].
 template <int N, int K, class T, class A = Acc<T>>
-A value_plane(const LayerAttentionForward<T>& a, int64_t b, int64_t c, A weight, const T* zeros, A* o) {
+A value_plane(const LayerAttentionForward<T>& a, int64_t b, int64_t c, A weight, bool past, const T* zeros, A* o) {
     const T* x = a.x.at(b, c, 0);
     T* value = a.value.at(b, c, 0);
     const A* filter = a.value_weight + c * 9;
@@ -123,8 +123,7 @@ A value_plane(const LayerAttentionForward<T>& a, int64_t b, int64_t c, A weight,
     Vec<A, N> total = {};
     filter_plane<T, N, K, Carry::none, 2>(x, x, a.shape.H, a.shape.W, filter, filter, zeros,
                                           [&](int64_t p, int64_t n, Vec<A, N> v) DLA_INLINE {
-                                              fetch_ahead_to_write<2>(value + p);
-                                              store<A, N>(value + p, v, n);
+                                              write<2, A, N>(past, value + p, v, n);
                                               store<A, N>(o + p, weights * as_kept<T, A, N>(v), n);
                                               total += keep_lanes<A, N>(v, n);
                                           });
@@ -134,7 +133,8 @@ A value_plane(const LayerAttentionForward<T>& a, int64_t b, int64_t c, A weight,
 // The planes from first on of o, with the prior maps in: written as the map keeps them, and their moments, or folded. A
 // function of its own, as it does not depend on how the value map was filtered.
 template <class T, class A = Acc<T>>
-void finish_planes(const LayerAttentionForward<T>& a, int64_t b, int64_t first, int64_t last, A* o, int64_t pitch) {
+void finish_planes(const LayerAttentionForward<T>& a, int64_t b, int64_t first, int64_t last, bool past, A* o,
+                   int64_t pitch) {
     const int64_t HW = a.shape.HW(), C = a.shape.C;
     const auto finish = [&](int64_t c, const auto& sum_up) DLA_INLINE {
         if (a.scale) {
@@ -142,21 +142,22 @@ void finish_planes(const LayerAttentionForward<T>& a, int64_t b, int64_t first, 
             T* out = a.out.at(b, c, 0);
             const auto scale = broadcast(a.scale[c]), shift = broadcast(a.shift[c]);
             sum_up([&](int64_t p, int64_t n, Vec<A> v) DLA_INLINE {
-                fetch_ahead_to_write<6>(out + p);
-                store<A>(out + p, folded<A>(load<A>(x + p, n), v, scale, shift, true), n);
+                write<6, A>(past, out + p, folded<A>(load<A>(x + p, n), v, scale, shift, true), n);
             });
             return;
         }
         T* to = a.o.at(b, c, 0);
+        A* again = o + (c - first) * pitch;
         LongSum<A> total;
         sum_up([&](int64_t p, int64_t n, Vec<A> v) DLA_INLINE {
-            fetch_ahead_to_write<6>(to + p);
-            store<A>(to + p, v, n);
-            total.add(keep_lanes<A>(as_kept<T, A>(v), n));
+            write<6, A>(past, to + p, v, n);
+            v = as_kept<T, A>(v);
+            if (past) store<A>(again + p, v);
+            total.add(keep_lanes<A>(v, n));
         });
         const A mean = total.total() / A(HW);
         a.mean[b * C + c] = mean;
-        a.var[b * C + c] = squared_deviations(to, HW, mean) / A(HW);
+        a.var[b * C + c] = (past ? squared_deviations(again, HW, mean) : squared_deviations(to, HW, mean)) / A(HW);
     };
     add_planes<T>({a.values, a.layers - 1, a.weights + b * a.layers * C, C, b}, first, last, HW, o, pitch, finish);
 }
@@ -166,6 +167,7 @@ void forward_planes_of(const LayerAttentionForward<T>& a) {
     using A = Acc<T>;
     const int64_t HW = a.shape.HW(), C = a.shape.C, pitch = round_up(HW, kLanes<A>);
     const PlaneBlocks blocks(a.shape, pitch, sizeof(A));
+    const bool past = go_past_caches(a.shape, a.shape.W, a.value, a.scale ? a.out : a.o);
     parallel(a.shape.B * blocks.per_sample, a.layers * blocks.planes * HW, [&](int64_t begin, int64_t end) {
         const Scratch<A> sums(blocks.planes * pitch, A(0));  // a plane ends in zeros
         const Scratch<T> zeros(a.shape.W, T(0));
@@ -173,9 +175,9 @@ void forward_planes_of(const LayerAttentionForward<T>& a) {
             const A* own_weights = a.weights + ((b + 1) * a.layers - 1) * C;
             A* o = sums.get();
             for (int64_t c = first; c < last; ++c, o += pitch) {
-                a.pooled[b * C + c] = value_plane<kWidth, K>(a, b, c, own_weights[c], zeros.get(), o) / A(HW);
+                a.pooled[b * C + c] = value_plane<kWidth, K>(a, b, c, own_weights[c], past, zeros.get(), o) / A(HW);
             }
-            finish_planes(a, b, first, last, sums.get(), pitch);
+            finish_planes(a, b, first, last, past, sums.get(), pitch);
         });
     });
 }
@@ -200,14 +202,14 @@ void add_later_planes(const LayerAttentionBackward<T>& a, int64_t b, int64_t fir
 // A plane of x's gradient and the products for value_weight's, from the layers' part of the value map's gradient,
 // grad [HW].
 template <int N, int K, class T, class A = Acc<T>>
-void value_plane_backward(const LayerAttentionBackward<T>& a, int64_t b, int64_t c, const A* grad,
+void value_plane_backward(const LayerAttentionBackward<T>& a, int64_t b, int64_t c, bool past, const A* grad,
                           const GradientRows<A>& rows) {
     const int64_t C = a.shape.C, H = a.shape.H, W = a.shape.W;
     const auto of_mean = broadcast<A, N>(a.grad_pooled ? a.grad_pooled[b * C + c] / A(H * W) : A(0));
     const T *grad_out = a.grad_out.at(b, c, 0), *read = a.grad_read ? a.grad_read.at(b, c, 0) : nullptr;
     A products[kProducts] = {};
     filter_plane_backward<T, N, K, Gradient::passing, 2>(
-        rows, a.x.at(b, c, 0), a.grad_x ? a.grad_x.at(b, c, 0) : nullptr, H, W, a.value_weight + c * 9, products,
+        rows, a.x.at(b, c, 0), a.grad_x ? a.grad_x.at(b, c, 0) : nullptr, H, W, a.value_weight + c * 9, products, past,
         [&](int64_t p, int64_t n) DLA_INLINE {
             Vec<A, N> g = load<A, N>(grad + p, n) + of_mean;
             if (read) g += load<A, N>(read + p, n);
@@ -223,6 +225,7 @@ void backward_planes_of(const LayerAttentionBackward<T>& a) {
     constexpr int N = kLanes<A>;
     const int64_t HW = a.shape.HW(), C = a.shape.C, pitch = round_up(HW, N);
     const PlaneBlocks blocks(a.shape, pitch, 2 * sizeof(A));
+    const bool past = go_past_caches(a.shape, a.shape.W, a.grad_o, a.grad_x);
     parallel(a.shape.B * blocks.per_sample, (2 * a.layers + a.later + 9) * blocks.planes * HW,
              [&](int64_t begin, int64_t end) {
                  const Scratch<A> grads(blocks.planes * pitch), value_grads(blocks.planes * pitch);
@@ -242,7 +245,7 @@ void backward_planes_of(const LayerAttentionBackward<T>& a) {
                              fetch_ahead<4>(grad_out + p);
                              fetch_ahead<4>(o + p);
                              const auto g = of.gradient(load<A>(grad_out + p, n), load<A>(o + p, n));
-                             store<A>(grad_o + p, g, n);
+                             write<0, A>(past, grad_o + p, g, n);
                              store<A>(grad + p, keep_lanes<A>(g, n));
                              store<A>(value_grad + p, own_weight * g);
                          });
@@ -253,7 +256,7 @@ void backward_planes_of(const LayerAttentionBackward<T>& a) {
                      add_later_planes(a, b, first, last, value_grads.get(), pitch);
                      value_grad = value_grads.get();
                      for (int64_t c = first; c < last; ++c, value_grad += pitch) {
-                         value_plane_backward<kWidth, K>(a, b, c, value_grad, rows);
+                         value_plane_backward<kWidth, K>(a, b, c, past, value_grad, rows);
                      }
                  });
              });

@@ -48,6 +48,7 @@ void forward_rows(const LayerAttentionForward<T>& a) {
     const RowRuns runs(s);
     const int64_t tasks = s.B * runs.count, pitch = round_up(s.C, N);
     const Scratch<A> totals(tasks * s.C, A(0)), deviations(tasks * s.C, A(0));
+    const bool past = go_past_caches(s, s.C, a.scale ? a.out : a.o);
     parallel(tasks, a.layers * runs.rows * s.W * s.C, [&](int64_t begin, int64_t end) {
         const Scratch<A> o(s.W * pitch);
         for (int64_t k = begin; k < end; ++k) {
@@ -61,10 +62,10 @@ void forward_rows(const LayerAttentionForward<T>& a) {
                 }
                 if (a.scale) {
                     fold_pixels<A>(o.get(), pitch, s.W, s.C, a.x.at(b, 0, i * s.W), a.x.pixel, a.scale, a.shift, true,
-                                   a.out.at(b, 0, i * s.W), a.out.pixel, static_cast<T*>(nullptr), 0,
+                                   past, a.out.at(b, 0, i * s.W), a.out.pixel, static_cast<T*>(nullptr), 0,
                                    static_cast<A*>(nullptr), static_cast<A*>(nullptr));
                 } else {
-                    finish_pixels<A>(o.get(), pitch, s.W, s.C, a.o.at(b, 0, i * s.W), a.o.pixel, moments);
+                    finish_pixels<A>(o.get(), pitch, s.W, s.C, past, a.o.at(b, 0, i * s.W), a.o.pixel, moments);
                 }
             }
         }
@@ -80,6 +81,7 @@ void backward_rows(const LayerAttentionBackward<T>& a) {
     const RowRuns runs(s);
     const int64_t tasks = s.B * runs.count, pitch = round_up(s.C, N), vectors = a.layers * s.C;
     const Scratch<A> partials(tasks * vectors, A(0));
+    const bool past = go_past_caches(s, s.C, a.grad_o, a.grad_value);
     parallel(tasks, (2 * a.layers + a.later) * runs.rows * s.W * s.C, [&](int64_t begin, int64_t end) {
         const Scratch<A> grad(s.W * pitch), value_grad(s.W * pitch);
         for (int64_t k = begin; k < end; ++k) {
@@ -99,7 +101,7 @@ void backward_rows(const LayerAttentionBackward<T>& a) {
                             keep * scale,           load<A>(a.mean + c, n),  scale,
                             load<A>(a.bias + c, n), load<A>(a.slope + c, n), load<A>(a.offset + c, n)};
                         const auto g = of.gradient(load<A>(grad_out + c, n), load<A>(o + c, n));
-                        store<A>(a.grad_o.at(b, 0, p) + c, g, n);
+                        write<0, A>(past, a.grad_o.at(b, 0, p) + c, g, n);
                         store<A>(&grad[j * pitch + c], g);
                         store<A>(&value_grad[j * pitch + c], load<A>(own_weights + c, n) * g);
                     }
@@ -124,7 +126,7 @@ void backward_rows(const LayerAttentionBackward<T>& a) {
                 for (int64_t j = 0; j < s.W; ++j) {
                     T* to = a.grad_value.at(b, 0, i * s.W + j);
                     for (int64_t c = 0; c < s.C; c += N) {
-                        store<A>(to + c, load<A>(&value_grad[j * pitch + c]), s.C - c);
+                        write<0, A>(past, to + c, load<A>(&value_grad[j * pitch + c]), s.C - c);
                     }
                 }
             }

@@ -86,8 +86,9 @@ void forward_planes_of(const LightUpdateForward<T>& a) {
     using A = Acc<T>;
     using V = Vec<A, N>;
     const int64_t C = a.shape.C, H = a.shape.H, W = a.shape.W;
+    const bool past = go_past_caches(a.shape, W, a.o, a.out);
     parallel(a.shape.B * C, 4 * H * W, [&, C, H, W](int64_t begin, int64_t end) {
-        const Scratch<T> zeros(W, T(0));
+        const Scratch<T> zeros(W, T(0)), kept(past ? H * W : 0);
         for (int64_t k = begin; k < end; ++k) {
             const int64_t b = k / C, c = k % C;
             A filter_x[9], filter_carried[9];
@@ -107,25 +108,22 @@ void forward_planes_of(const LightUpdateForward<T>& a) {
                 const V scale = broadcast<A, N>(a.scale[c]), shift = broadcast<A, N>(a.shift[c]);
                 filter(std::integral_constant<int, 2>{}, [&](int64_t p, int64_t n, V v) DLA_INLINE {
                     const V sum_of = folded<A, N>(load<A, N>(x + p, n), v, scale, shift, false);
-                    fetch_ahead_to_write<kRead + 2>(out + p);
-                    store<A, N>(out + p, sum_of, n);
-                    if (o) {
-                        fetch_ahead_to_write<kRead + 2>(o + p);
-                        store<A, N>(o + p, v, n);
-                    }
+                    write<kRead + 2, A, N>(past, out + p, sum_of, n);
+                    if (o) write<kRead + 2, A, N>(past, o + p, v, n);
                     total += keep_lanes<A, N>(v, n);
                     out_total += keep_lanes<A, N>(sum_of, n);
                 });
                 a.out_mean[k] = sum<A, N>(out_total) / A(H * W);
                 a.mean[k] = sum<A, N>(total) / A(H * W);
             } else {
+                T* again = past ? kept.get() : o;
                 filter(std::integral_constant<int, 1>{}, [&](int64_t p, int64_t n, V v) DLA_INLINE {
-                    fetch_ahead_to_write<kRead + 1>(o + p);
-                    store<A, N>(o + p, v, n);
+                    if (past) store<A, N>(again + p, v, n);
+                    write<kRead + 1, A, N>(past, o + p, v, n);
                     total += keep_lanes<A, N>(v, n);
                 });
                 a.mean[k] = sum<A, N>(total) / A(H * W);
-                a.var[k] = squared_deviations(o, H * W, a.mean[k]) / A(H * W);
+                a.var[k] = squared_deviations(again, H * W, a.mean[k]) / A(H * W);
             }
         }
     });
@@ -151,7 +149,7 @@ struct GradientRows {
 // for every vector, some rows ahead of x, so that all kStreams maps are read and written side by side.
 template <class T, int N, int K, Gradient kGradient, int kStreams, class A = Acc<T>, class GradientAt, class More>
 DLA_INLINE inline void filter_plane_backward(const GradientRows<A>& rows, const T* x, T* grad_x, int64_t H, int64_t W,
-                                             const A* filter, A* products, const GradientAt& gradient_at,
+                                             const A* filter, A* products, bool past, const GradientAt& gradient_at,
                                              const More& more) {
     using V = Vec<A, N>;
     const Cut<N> cut(W);
@@ -166,8 +164,7 @@ DLA_INLINE inline void filter_plane_backward(const GradientRows<A>& rows, const 
     };
     const auto put = [&](int64_t p, int64_t n, V v) DLA_INLINE {
         if (!grad_x) return;
-        fetch_ahead_to_write<kStreams>(grad_x + p);
-        store<A, N>(grad_x + p, v + more(p, n), n);
+        write<kStreams, A, N>(past, grad_x + p, v + more(p, n), n);
     };
     if constexpr (K > 0) {
         Window<A, N, K> window;
@@ -244,6 +241,7 @@ void backward_planes_of(const LightUpdateBackward<T>& a) {
     constexpr bool kFiltered = kCarry == Carry::filtered, kScaled = kCarry == Carry::scaled;
     constexpr int kStreams = kScaled ? 6 : 4;
     const int64_t C = a.shape.C, H = a.shape.H, W = a.shape.W;
+    const bool past = go_past_caches(a.shape, W, a.grad_x, a.grad_carried);
     parallel(a.shape.B * C, 8 * H * W, [&, C, H, W](int64_t begin, int64_t end) {
         const GradientRows<A> rows(W, N, kFiltered ? H : 4);
         for (int64_t k = begin; k < end; ++k) {
@@ -270,20 +268,17 @@ void backward_planes_of(const LightUpdateBackward<T>& a) {
                 if constexpr (kScaled) {
                     fetch_ahead<kStreams>(carried + p);
                     of_scaled += g * load<A, N>(carried + p, n);
-                    if (grad_carried) {
-                        fetch_ahead_to_write<kStreams>(grad_carried + p);
-                        store<A, N>(grad_carried + p, scale * g, n);
-                    }
+                    if (grad_carried) write<kStreams, A, N>(past, grad_carried + p, scale * g, n);
                 }
                 return g;
             };
             filter_plane_backward<T, N, K, kFiltered ? Gradient::kept : Gradient::passing, kStreams>(
-                rows, a.x.at(b, c, 0), grad_x, H, W, filter_x, products, gradient_at,
+                rows, a.x.at(b, c, 0), grad_x, H, W, filter_x, products, past, gradient_at,
                 [&](int64_t p, int64_t n) DLA_INLINE { return load<A, N>(grad_out + p, n) + residual; });
             if constexpr (kScaled) products[9 + 4] = sum<A, N>(of_scaled);
             if constexpr (kFiltered) {
                 filter_plane_backward<T, N, K, Gradient::ready, 2>(rows, carried, grad_carried, H, W, filter_carried,
-                                                                   products + 9, gradient_at,
+                                                                   products + 9, past, gradient_at,
                                                                    [&](int64_t, int64_t) DLA_INLINE { return V{}; });
             }
             for (int t = 0; t < kProducts; ++t) a.products[(b * kProducts + t) * C + c] = products[t];

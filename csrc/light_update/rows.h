@@ -66,6 +66,7 @@ void forward_rows_of(const LightUpdateForward<T>& a) {
     const int64_t tasks = s.B * runs.count, pitch = round_up(s.C, N);
     // The second are squared deviations, or where BatchNorm is folded the sums of out.
     const Scratch<A> totals(tasks * s.C, A(0)), deviations(tasks * s.C, A(0));
+    const bool past = go_past_caches(s, s.C, a.o, a.out);
     parallel(tasks, 4 * runs.rows * s.W * s.C, [&](int64_t begin, int64_t end) {
         const RowWindow<A> x(s.W, pitch), carried(kCarry == Carry::filtered ? s.W : 0, pitch);
         const Scratch<A> o(s.W * pitch), filters(18 * pitch, A(0));
@@ -96,11 +97,11 @@ void forward_rows_of(const LightUpdateForward<T>& a) {
                 }
                 if (a.scale) {
                     fold_pixels<A>(o.get(), pitch, s.W, s.C, a.x.at(b, 0, row * s.W), a.x.pixel, a.scale, a.shift,
-                                   false, a.out.at(b, 0, row * s.W), a.out.pixel,
+                                   false, past, a.out.at(b, 0, row * s.W), a.out.pixel,
                                    a.o ? a.o.at(b, 0, row * s.W) : nullptr, a.o.pixel, moments.total,
                                    moments.deviations);
                 } else {
-                    finish_pixels<A>(o.get(), pitch, s.W, s.C, a.o.at(b, 0, row * s.W), a.o.pixel, moments);
+                    finish_pixels<A>(o.get(), pitch, s.W, s.C, past, a.o.at(b, 0, row * s.W), a.o.pixel, moments);
                 }
             }
         }
@@ -153,7 +154,7 @@ void backward_row(const RowWindow<A>& grad, int64_t i, int64_t c, const A* filte
 // The same for all channels, between the maps and a row of accumulators: maps are read and written in order. What is
 // given of the gradient, `direct` plus `constant` [C], is added; direct may be null.
 template <bool kFiltered, class T, class A = Acc<T>>
-void backward_row_of(const RowWindow<A>& grad, const Shape& s, int64_t b, int64_t i, const Map<const T>& x,
+void backward_row_of(const RowWindow<A>& grad, const Shape& s, int64_t b, int64_t i, const Map<const T>& x, bool past,
                      const Map<T>& grad_x, const Map<const T>& direct, const A* constant, const A* filters, A* row,
                      A* products) {
     constexpr int N = kLanes<A>;
@@ -171,7 +172,7 @@ void backward_row_of(const RowWindow<A>& grad, const Shape& s, int64_t b, int64_
         for (int64_t c = 0; c < s.C; c += N) {
             Vec<A> g = load<A>(row + j * grad.pitch + c);
             if (more) g += load<A>(more + c, s.C - c) + load<A>(constant + c, s.C - c);
-            store<A>(to + c, g, s.C - c);
+            write<0, A>(past, to + c, g, s.C - c);
         }
     }
 }
@@ -201,6 +202,7 @@ void backward_rows_of(const LightUpdateBackward<T>& a) {
     const RowRuns runs(s);
     const int64_t tasks = s.B * runs.count, pitch = round_up(s.C, kLanes<A>);
     const Scratch<A> partials(tasks * kProducts * s.C);
+    const bool past = go_past_caches(s, s.C, a.grad_x, a.grad_carried);
     parallel(tasks, 8 * runs.rows * s.W * s.C, [&](int64_t begin, int64_t end) {
         const RowWindow<A> grad(s.W, pitch);
         const Scratch<A> filters(18 * pitch, A(0)), products(kProducts * pitch), buffer(s.W * pitch);
@@ -216,10 +218,10 @@ void backward_rows_of(const LightUpdateBackward<T>& a) {
                 }
                 const int64_t row = i - 1;  // the one whose neighbours are all there now
                 if (row < first) continue;
-                backward_row_of<true, T>(grad, s, b, row, a.x, a.grad_x, a.grad_out, a.residual + b * s.C,
+                backward_row_of<true, T>(grad, s, b, row, a.x, past, a.grad_x, a.grad_out, a.residual + b * s.C,
                                          filters.get(), buffer.get(), products.get());
                 if constexpr (kCarry != Carry::none) {
-                    backward_row_of<kCarry == Carry::filtered, T>(grad, s, b, row, a.carried, a.grad_carried, {},
+                    backward_row_of<kCarry == Carry::filtered, T>(grad, s, b, row, a.carried, past, a.grad_carried, {},
                                                                   static_cast<const A*>(nullptr), &filters[9 * pitch],
                                                                   buffer.get(), &products[9 * pitch]);
                 }

@@ -69,6 +69,7 @@ void forward_planes(const NormResidualForward<T>& a) {
     using A = Acc<T>;
     constexpr int N = kLanes<A>;
     const int64_t HW = a.shape.HW(), C = a.shape.C;
+    const bool past = go_past_caches(a.shape, HW, a.out);
     parallel(a.shape.B * C, HW, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t b = i / C, c = i % C;
@@ -80,7 +81,7 @@ void forward_planes(const NormResidualForward<T>& a) {
             Cut<N>(HW).each([&, relu = a.relu](int64_t p, int64_t n) DLA_INLINE {
                 const auto residual = x ? load<A>(x + p, n) : Vec<A>{};
                 const auto value = add_normed<A>(residual, load<A>(o + p, n), mean, scale, bias, keep, relu);
-                store<A>(out + p, value, n);
+                write<0, A>(past, out + p, value, n);
                 total += keep_lanes<A>(value, n);
             });
             a.y[i] = sum<A, N>(total) / A(HW);
@@ -95,6 +96,7 @@ void forward_rows(const NormResidualForward<T>& a) {
     const Shape& s = a.shape;
     const RowRuns runs(s);
     const Scratch<A> totals(s.B * runs.count * s.C, A(0));
+    const bool past = go_past_caches(s, s.C, a.out);
     parallel(s.B * runs.count, runs.rows * s.W * s.C, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const auto [b, first, last] = runs.run(i);
@@ -110,7 +112,7 @@ void forward_rows(const NormResidualForward<T>& a) {
                     const auto residual = x ? load<A>(x + c, n) : Vec<A>{};
                     const auto value = add_normed<A>(residual, load<A>(o + c, n), load<A>(a.mean + c, n),
                                                      load<A>(a.scale + c, n), load<A>(a.bias + c, n), keep, a.relu);
-                    store<A>(out + c, value, n);
+                    write<0, A>(past, out + c, value, n);
                     store<A>(total + c, load<A>(total + c, n) + value, n);
                 }
             }
@@ -133,12 +135,12 @@ struct GradientSums {
 
 // The gradients of one vector; the pointers stand where it begins, the sums are those of NormResidualBackward.
 template <class T, class A = Acc<T>>
-inline void backward_vector(const T* grad_out, const T* o, const T* out, T* grad_x, T* grad_o, int64_t n, Vec<A> grad_y,
-                            const ChannelVectors<A>& of, Vec<A> keep, Relu relu, GradientSums<A>& sums) {
+inline void backward_vector(const T* grad_out, const T* o, const T* out, T* grad_x, T* grad_o, bool past, int64_t n,
+                            Vec<A> grad_y, const ChannelVectors<A>& of, Vec<A> keep, Relu relu, GradientSums<A>& sums) {
     Vec<A> g = load<A>(grad_out, n) + grad_y;
     if (relu == Relu::sum) g = load<A>(out, n) <= 0 ? Vec<A>{} : g;
     g = keep_lanes<A>(g, n);
-    if (grad_x) store<A>(grad_x, g, n);
+    if (grad_x) write<0, A>(past, grad_x, g, n);
     const Vec<A> centred = keep_lanes<A>(load<A>(o, n) - of.mean, n);
     const Vec<A> normed = centred * of.scale + of.bias;
     Vec<A> grad = g * keep;
@@ -146,7 +148,7 @@ inline void backward_vector(const T* grad_out, const T* o, const T* out, T* grad
     sums.grad += grad;
     sums.grad_normed += grad * centred;
     sums.grad_keep += g * (relu == Relu::branch ? rectify<A>(normed) : normed);
-    if (grad_o) store<A>(grad_o, grad * of.scale + of.slope * centred + of.offset, n);
+    if (grad_o) write<0, A>(past, grad_o, grad * of.scale + of.slope * centred + of.offset, n);
 }
 
 template <class T>
@@ -154,6 +156,7 @@ void backward_planes(const NormResidualBackward<T>& a) {
     using A = Acc<T>;
     constexpr int N = kLanes<A>;
     const int64_t HW = a.shape.HW(), C = a.shape.C;
+    const bool past = go_past_caches(a.shape, HW, a.grad_x, a.grad_o);
     parallel(a.shape.B * C, HW, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t b = i / C, c = i % C;
@@ -174,7 +177,7 @@ void backward_planes(const NormResidualBackward<T>& a) {
                 fetch(o + p);
                 if (relu == Relu::sum) fetch(out + p);
                 backward_vector<T>(grad_out + p, o + p, out + p, grad_x ? grad_x + p : nullptr,
-                                   grad_o ? grad_o + p : nullptr, n, grad_y, of, keep, relu, sums);
+                                   grad_o ? grad_o + p : nullptr, past, n, grad_y, of, keep, relu, sums);
             });
             if (a.grad) a.grad[i] = sum<A, N>(sums.grad);
             if (a.grad_normed) a.grad_normed[i] = sum<A, N>(sums.grad_normed);
@@ -193,6 +196,7 @@ void backward_rows(const NormResidualBackward<T>& a) {
     // For every run the sums that are wanted, [3, tasks, C].
     A* const wanted[3] = {a.grad, a.grad_normed, a.grad_keep};
     const Scratch<A> partials(3 * tasks * s.C, A(0));
+    const bool past = go_past_caches(s, s.C, a.grad_x, a.grad_o);
     parallel(tasks, runs.rows * s.W * s.C, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const auto [b, first, last] = runs.run(i);
@@ -208,8 +212,8 @@ void backward_rows(const NormResidualBackward<T>& a) {
                                                load_or_zero(a.slope), load_or_zero(a.offset)};
                     GradientSums<A> sums;
                     backward_vector<T>(grad_out + c, o + c, out + c, a.grad_x ? grad_x + c : nullptr,
-                                       a.grad_o ? grad_o + c : nullptr, n, load_or_zero(grad_y) / A(s.HW()), of, keep,
-                                       a.relu, sums);
+                                       a.grad_o ? grad_o + c : nullptr, past, n, load_or_zero(grad_y) / A(s.HW()), of,
+                                       keep, a.relu, sums);
                     const Vec<A> found[3] = {sums.grad, sums.grad_normed, sums.grad_keep};
                     for (int k = 0; k < 3; ++k) {
                         if (!wanted[k]) continue;

@@ -1,5 +1,7 @@
 """The fused backends against the reference: outputs and all gradients, in every dtype, layout and awkward size."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import assert_close, on_gpu, relative_error
@@ -48,22 +50,61 @@ def test_matches_the_reference(make, dtype):
     check(make(dtype=dtype), LIMITS[dtype])
 
 
-@pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512"])
-@pytest.mark.parametrize("make", ROWS)
-def test_matches_on_every_instruction_set(make, instruction_set):
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def instruction_set(request):
+    """Has the kernels use it."""
     from dla_kernels import _C
 
     if on_gpu():
         pytest.skip("of the CPU's kernels")
-    if instruction_set not in _C.instruction_sets():
-        pytest.skip(f"no {instruction_set} here")
+    if request.param not in _C.instruction_sets():
+        pytest.skip(f"no {request.param} here")
     before = _C.instruction_set()
-    _C.use_instruction_set(instruction_set)
+    _C.use_instruction_set(request.param)
+    yield
+    _C.use_instruction_set(before)
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("make", ROWS)
+def test_matches_on_every_instruction_set(make):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        check(make(dtype=dtype), LIMITS[dtype])
+
+
+FOLDED = "norm_residual", "light_update", "layer_attention"
+
+
+def run_and_infer(call: Call) -> dict[str, torch.Tensor]:
+    results = call.run("native")
+    with torch.no_grad():
+        return results | {f"inferred output {i}": output for i, output in enumerate(call("native"))}
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["planes", "rows"])
+@pytest.mark.parametrize("width", [1, 7, 12, 16, 40, 72])
+def test_same_bits_past_the_caches(width, layout, dtype):
+    """Maps that no cache holds are stored in another way; here the caches are taken for nothing."""
+    from dla_kernels import _C
+
+    calls = []
+    for statistics in ("own", "running"):
+        make = {op: partial(MAKE[op], 3, 32, 5, width, dtype, layout, statistics=statistics) for op in FOLDED}
+        calls += [make["norm_residual"](relu="sum"), make["layer_attention"]()]
+        calls += [make["light_update"](carry=carry) for carry in ("none", "gate", "gate filter")]
+    runs = []
+    before = _C.use_cache_bytes(2**40)
     try:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            check(make(dtype=dtype), LIMITS[dtype])
+        for size in (2**40, 0):
+            _C.use_cache_bytes(size)
+            runs.append([run_and_infer(call) for call in calls])
     finally:
-        _C.use_instruction_set(before)
+        _C.use_cache_bytes(before)
+    for call, expected, actual in zip(calls, *runs, strict=True):
+        for name, value in actual.items():
+            assert torch.equal(value, expected[name]), f"{call.op}, {name}"
 
 
 @pytest.mark.parametrize("make", ROWS)
