@@ -25,6 +25,7 @@ void pool_rows(const Shape& s, const Map<const T>& x, Acc<T>* y) {
             for (int64_t p = first * s.W; p < last * s.W; ++p) {
                 const T* pixel = x.at(b, 0, p);
                 for (int64_t c = 0; c < s.C; c += kLanes<A>) {
+                    fetch_ahead<4>(pixel + c);
                     store<A>(total + c, load<A>(total + c, s.C - c) + load<A>(pixel + c, s.C - c), s.C - c);
                 }
             }

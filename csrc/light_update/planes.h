@@ -263,7 +263,10 @@ void backward_planes_of(const LightUpdateBackward<T>& a) {
                 fetch_ahead<kStreams>(grad_out + p);
                 fetch_ahead<kStreams>(o + p);
                 V g = factor * load<A, N>(grad_out + p, n) + slope * (load<A, N>(o + p, n) - mean) + offset;
-                if (grad_o) g += load<A, N>(grad_o + p, n);
+                if (grad_o) {
+                    fetch_ahead<kStreams>(grad_o + p);
+                    g += load<A, N>(grad_o + p, n);
+                }
                 g = keep_lanes<A, N>(g, n);
                 if constexpr (kScaled) {
                     fetch_ahead<kStreams>(carried + p);

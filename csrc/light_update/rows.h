@@ -18,7 +18,10 @@ void fill(const RowWindow<A>& window, const Map<const T>& x, int64_t b, int64_t 
     for (int64_t j = 0; j < s.W; ++j) {
         const T* from = x.at(b, 0, i * s.W + j);
         A* to = window.row(i) + j * window.pitch;
-        for (int64_t c = 0; c < s.C; c += kLanes<A>) store<A>(to + c, load<A>(from + c, s.C - c));
+        for (int64_t c = 0; c < s.C; c += kLanes<A>) {
+            fetch_ahead<4>(from + c);
+            store<A>(to + c, load<A>(from + c, s.C - c));
+        }
     }
 }
 
@@ -190,7 +193,10 @@ void output_gradient(const LightUpdateBackward<T>& a, int64_t b, int64_t p, A* t
         fetch_ahead<4>(o + c);
         Vec<A> g = load<A>(a.slope + c, n) * (load<A>(o + c, n) - load<A>(a.mean + c, n)) + load<A>(offset + c, n);
         if (factor) g += load<A>(factor + c, n) * load<A>(grad_out + c, n);
-        if (grad_o) g += load<A>(grad_o + c, n);
+        if (grad_o) {
+            fetch_ahead<4>(grad_o + c);
+            g += load<A>(grad_o + c, n);
+        }
         store<A>(to + c, g);
     }
 }
