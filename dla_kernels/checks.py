@@ -1,6 +1,7 @@
 """Argument checks of the public ops: one sentence that names the argument, what was given and what is allowed."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +17,46 @@ GATES = ("context", "hidden")
 Layout = tuple[str | int, ...]
 MAP: Layout = ("B", "C", "H", "W")
 MAP_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+#: Calls that a check remembers.
+REMEMBERED = 4096
+
+
+def remembered(check: Callable[..., None]) -> Callable[..., None]:
+    """A check that lets a call pass at once that is like one before: on small maps it takes as long as the op.
+
+    It may take notice of no more than the shapes, dtypes and devices of tensors, and of values that can be compared.
+    """
+    passed: set[tuple] = set()
+
+    @functools.wraps(check)
+    def run(*arguments) -> None:
+        if torch.compiler.is_compiling():  # a compiler looks once, and would keep watch over what is remembered
+            return check(*arguments)
+        call = _likeness(arguments)
+        try:
+            if call in passed:
+                return None
+        except TypeError:  # a size may be a symbol
+            return check(*arguments)
+        check(*arguments)
+        if len(passed) >= REMEMBERED:
+            passed.clear()
+        passed.add(call)
+
+    return run
+
+
+def _likeness(arguments: Sequence) -> tuple:
+    return tuple(
+        [
+            (a.shape, a.dtype, a.device)
+            if isinstance(a, Tensor)
+            else (a.__class__, *_likeness(a))
+            if isinstance(a, (tuple, list))
+            else a
+            for a in arguments
+        ]
+    )
 
 
 class Checker:
@@ -32,48 +73,31 @@ class Checker:
         self.op = op
         self.dims: dict[str, int] = {}
         self.first: tuple[str, Tensor] | None = None
-        self.passed: dict[tuple[str, str], tuple] = {}
 
     def fail(self, message: str) -> None:
         raise ValueError(f"{self.op}: {message}")
 
     def map(self, name: str, x: Tensor, layout: Layout = MAP) -> None:
         """An activation map; all maps of a call share one dtype."""
-        if self._as_before("map", x, layout):
-            return
         self._shape(name, x, layout)
         if x.dtype not in MAP_DTYPES:
             self.fail(f"`{name}` must be one of {', '.join(map(str, MAP_DTYPES))}, got {x.dtype}")
         first_name, first = self.first
         if x.dtype != first.dtype:
             self.fail(f"`{name}` must have the dtype of `{first_name}`, {first.dtype}, got {x.dtype}")
-        self._passes("map", x, layout)
-
-    def maps(self, name: str, xs: Sequence[Tensor]) -> None:
-        """Further maps, each like the first one in all."""
-        passed = self.passed["map", MAP]
-        for i, x in enumerate(xs):
-            if not isinstance(x, Tensor) or passed != (x.shape, x.dtype, x.device):
-                self.map(f"{name}[{i}]", x)
 
     def state(self, name: str, x: Tensor, layout: Layout) -> None:
         """Recurrent state: float32, or float64 beside float64 maps."""
-        if self._as_before("state", x, layout):
-            return
         self._shape(name, x, layout)
         expected = accumulate_dtype(self.first[1])
         if x.dtype != expected:
             self.fail(f"`{name}` must be {expected} (recurrent state is never of low precision), got {x.dtype}")
-        self._passes("state", x, layout)
 
     def weight(self, name: str, x: Tensor, layout: Layout) -> None:
         """A parameter, of any floating-point dtype: autocast keeps float32 weights beside bfloat16 maps."""
-        if self._as_before("weight", x, layout):
-            return
         self._shape(name, x, layout)
         if not x.is_floating_point():
             self.fail(f"`{name}` must be floating point, got {x.dtype}")
-        self._passes("weight", x, layout)
 
     def dsu_weights(self, weights: Sequence[Tensor] | DsuWeights) -> None:
         """The joint form's three tensors or the split form's eight, or all of them packed."""
@@ -128,13 +152,6 @@ class Checker:
 
     def activation(self, value: str) -> None:
         self.one_of("activation", value, tuple(ACTIVATIONS))
-
-    # On small maps the checks take as long as the op: a tensor like one that has passed passes at once.
-    def _as_before(self, kind: str, x: Tensor, layout: Layout) -> bool:
-        return isinstance(x, Tensor) and self.passed.get((kind, layout)) == (x.shape, x.dtype, x.device)
-
-    def _passes(self, kind: str, x: Tensor, layout: Layout) -> None:
-        self.passed[kind, layout] = x.shape, x.dtype, x.device
 
     def _shape(self, name: str, x: Tensor, layout: Layout) -> None:
         if not isinstance(x, Tensor):

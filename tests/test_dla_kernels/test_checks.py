@@ -5,7 +5,8 @@ import torch
 from helpers import dsu_weights
 
 import dla_kernels
-from dla_kernels import BatchNorm
+from dla_kernels import BatchNorm, checks
+from dla_kernels.checks import remembered
 from dla_kernels.ops.layer_attention import Layer
 
 B, T, C = 2, 3, 32
@@ -96,5 +97,35 @@ def test_the_good_calls_pass(op):
 
 @pytest.mark.parametrize(("op", "changed", "message"), BAD, ids=[f"{op}-{'-'.join(c)}" for op, c, _ in BAD])
 def test_names_argument_value_and_what_is_allowed(op, changed, message):
-    with pytest.raises(ValueError, match=rf"^{op}: {message}"):
-        getattr(dla_kernels, op)(**GOOD[op] | changed)
+    getattr(dla_kernels, op)(**GOOD[op])
+    for _ in range(2):  # what passes is remembered, what fails is not
+        with pytest.raises(ValueError, match=rf"^{op}: {message}"):
+            getattr(dla_kernels, op)(**GOOD[op] | changed)
+
+
+def test_a_call_like_one_that_passed_is_not_checked_again():
+    checked = []
+    check = remembered(lambda *arguments: checked.append(arguments))
+    norm = NORM._replace(training=False)
+    calls = [
+        (MAP, None, "sum"), (MAP, STATE, "sum"), (MAP, None, "branch"), (MAP.double(), None, "sum"),
+        (MAP.to("meta"), None, "sum"), (MAP[..., :1], None, "sum"), (NORM,), (norm,), (tuple(NORM),), ([MAP],),
+        ((MAP,),),
+    ]  # fmt: skip
+    for _ in range(2):
+        for call in calls:
+            check(*call)
+        assert len(checked) == len(calls)
+    check(MAP.clone(), None, "sum")
+    assert len(checked) == len(calls)
+    check({}), check({})  # what cannot be remembered is checked
+    assert len(checked) == len(calls) + 2
+
+
+def test_a_check_does_not_remember_without_end(monkeypatch):
+    monkeypatch.setattr(checks, "REMEMBERED", 3)
+    checked = []
+    check = remembered(checked.append)
+    for size in (1, 2, 3, 4, 4, 1):
+        check(torch.empty(size))
+    assert [len(t) for t in checked] == [1, 2, 3, 4, 1]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dla_kernels.backend import choose
-from dla_kernels.checks import GATES, Checker
+from dla_kernels.checks import GATES, Checker, remembered
 from dla_kernels.common import ACTIVATIONS
 from dla_kernels.dsu import DsuWeights
 from dla_kernels.ops.gap_dsu import reference
@@ -25,6 +25,22 @@ def pack_dsu(weights: Sequence[Tensor]) -> DsuWeights:
     check = Checker("pack_dsu")
     check.dsu_weights(weights)
     return DsuWeights(torch.cat([w.flatten() for w in weights]), len(weights) == 3, check.dims["C"], check.dims["R"])
+
+
+@remembered
+def _check(x, h, c, weights, activation, carried, gate) -> None:
+    check = Checker("gap_dsu")
+    if isinstance(x, Tensor) and x.dim() == 2:
+        check.state("x", x, ("B", "C"))
+    else:
+        check.map("x", x)
+    check.state("h", h, ("B", "C"))
+    check.state("c", c, ("B", "C"))
+    check.dsu_weights(weights)
+    check.activation(activation)
+    if carried is not None:
+        check.state("carried", carried, ("B", "C"))
+    check.one_of("gate", gate, GATES)
 
 
 def gap_dsu(
@@ -70,19 +86,7 @@ def gap_dsu(
         ValueError: a shape, dtype, device, number of weights or name that does not fit.
         RuntimeError: the backend asked for cannot run.
     """
-    check = Checker("gap_dsu")
-    pooled = isinstance(x, Tensor) and x.dim() == 2
-    if pooled:
-        check.state("x", x, ("B", "C"))
-    else:
-        check.map("x", x)
-    check.state("h", h, ("B", "C"))
-    check.state("c", c, ("B", "C"))
-    check.dsu_weights(weights)
-    check.activation(activation)
-    if carried is not None:
-        check.state("carried", carried, ("B", "C"))
-    check.one_of("gate", gate, GATES)
+    _check(x, h, c, weights, activation, carried, gate)
     chosen = choose(x.device, backend, "gap_dsu")
     if chosen == "reference":
         return reference.gap_dsu(x, h, c, weights, activation, carried, gate)
@@ -91,4 +95,4 @@ def gap_dsu(
     y, h, c, d = GapDsu.call(
         x, h, c, carried, weights.packed.to(h.dtype), weights.joint, sigma, gate == "context", chosen
     )
-    return x if pooled else y, h, c, None if carried is None else d
+    return x if x.dim() == 2 else y, h, c, None if carried is None else d

@@ -7,11 +7,38 @@ from torch import Tensor
 
 from dla_kernels.backend import choose
 from dla_kernels.batch_norm import BatchNorm
-from dla_kernels.checks import Checker
+from dla_kernels.checks import Checker, remembered
 from dla_kernels.common import accumulate_dtype
 from dla_kernels.ops.layer_attention import reference
 from dla_kernels.ops.layer_attention.function import Layer, attend, folded
 from dla_kernels.ops.norm_residual.function import count_of, keep_books
+
+_fail = Checker("layer_attention").fail
+
+
+@remembered
+def _check(
+    x, features, gates, query_weight, key_weights, value_weight, values, norm, keep, head_dim, followers
+) -> None:
+    check = Checker("layer_attention")
+    check.map("x", x)
+    check.weight("value_weight", value_weight, ("C", 1, 3, 3))
+    for m, value in enumerate(values):
+        check.map(f"prior[{m}]", value)
+    check.dims["T"] = layers = len(values) + 1
+    check.state("features", features, ("B", "T", "C"))
+    check.state("gates", gates, ("B", "T", "C"))
+    check.weight("query_weight", query_weight, (1, 1, "K"))
+    check.odd("query_weight", "K")
+    check.weight("key_weights", key_weights, ("filters", 1, "K"))
+    if len(key_weights) not in (1, layers):
+        check.fail(f"`key_weights` must hold a filter for each of the {layers} layers or one, got {len(key_weights)}")
+    check.batch_norm(norm, count_of(x))
+    check.heads(head_dim)
+    if keep is not None:
+        check.state("keep", keep, ("B",))
+    if followers < 0:
+        check.fail(f"`followers` must be at least 0, got {followers}")
 
 
 def layer_attention(
@@ -67,28 +94,11 @@ def layer_attention(
             single value per channel in training, or no such backend.
         RuntimeError: the backend asked for cannot run.
     """
-    check = Checker("layer_attention")
-    check.map("x", x)
-    check.weight("value_weight", value_weight, ("C", 1, 3, 3))
     for m, layer in enumerate(prior):
         if not isinstance(layer, Layer):
-            check.fail(f"`prior[{m}]` must be a layer as layer_attention returns it, got {type(layer).__name__}")
+            _fail(f"`prior[{m}]` must be a layer as layer_attention returns it, got {type(layer).__name__}")
     values = [layer.value for layer in prior]
-    check.maps("prior", values)
-    check.dims["T"] = layers = len(prior) + 1
-    check.state("features", features, ("B", "T", "C"))
-    check.state("gates", gates, ("B", "T", "C"))
-    check.weight("query_weight", query_weight, (1, 1, "K"))
-    check.odd("query_weight", "K")
-    check.weight("key_weights", key_weights, ("filters", 1, "K"))
-    if len(key_weights) not in (1, layers):
-        check.fail(f"`key_weights` must hold a filter for each of the {layers} layers or one, got {len(key_weights)}")
-    check.batch_norm(norm, count_of(x))
-    check.heads(head_dim)
-    if keep is not None:
-        check.state("keep", keep, ("B",))
-    if followers < 0:
-        check.fail(f"`followers` must be at least 0, got {followers}")
+    _check(x, features, gates, query_weight, key_weights, value_weight, values, norm, keep, head_dim, followers)
     chosen = choose(x.device, backend, "layer_attention")
     dtype = accumulate_dtype(x)
     norm, *filters = norm.to(dtype), *(w.to(dtype) for w in (query_weight, key_weights, value_weight))
@@ -102,9 +112,7 @@ def layer_attention(
         recording = torch.is_grad_enabled()
         for m, earlier in enumerate(prior):
             if recording and earlier.value.requires_grad and len(prior) - m > len(earlier.handles):
-                check.fail(
-                    f"`prior[{m}]` was made for {len(earlier.handles)} followers, this is number {len(prior) - m}"
-                )
+                _fail(f"`prior[{m}]` was made for {len(earlier.handles)} followers, this is number {len(prior) - m}")
         out, layer, mean, var, share = attend(
             *attention, prior, norm, keep, head_dim, followers if recording else 0, chosen
         )

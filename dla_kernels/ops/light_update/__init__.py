@@ -5,11 +5,39 @@ from torch import Tensor
 
 from dla_kernels.backend import choose
 from dla_kernels.batch_norm import BatchNorm
-from dla_kernels.checks import Checker
+from dla_kernels.checks import Checker, remembered
 from dla_kernels.common import accumulate_dtype
 from dla_kernels.ops.light_update import reference
 from dla_kernels.ops.light_update.function import LightUpdate, folded
 from dla_kernels.ops.norm_residual.function import count_of, keep_books
+
+
+@remembered
+def _check(
+    x, y, query_weight, key_weight, value_weight, norm, carried, carry_scale, gate, carry_weight, keep, head_dim
+) -> None:  # fmt: skip
+    check = Checker("light_update")
+    check.map("x", x)
+    check.state("y", y, ("B", "C"))
+    check.weight("query_weight", query_weight, (1, 1, "K"))
+    check.weight("key_weight", key_weight, (1, 1, "K"))
+    check.odd("query_weight", "K")
+    check.weight("value_weight", value_weight, ("C", 1, 3, 3))
+    check.batch_norm(norm, count_of(x))
+    check.heads(head_dim)
+    if carried is None:
+        for name, value in (("carry_scale", carry_scale), ("gate", gate), ("carry_weight", carry_weight)):
+            if value is not None:
+                check.fail(f"`{name}` goes with `carried`, which is None")
+    else:
+        check.map("carried", carried)
+        check.weight("carry_scale", carry_scale, ("C",))
+        if gate is not None:
+            check.state("gate", gate, ("B", "C"))
+        if carry_weight is not None:
+            check.weight("carry_weight", carry_weight, ("C", 1, 3, 3))
+    if keep is not None:
+        check.state("keep", keep, ("B",))
 
 
 def light_update(
@@ -64,28 +92,7 @@ def light_update(
             value per channel in training, or no such backend.
         RuntimeError: the backend asked for cannot run.
     """
-    check = Checker("light_update")
-    check.map("x", x)
-    check.state("y", y, ("B", "C"))
-    check.weight("query_weight", query_weight, (1, 1, "K"))
-    check.weight("key_weight", key_weight, (1, 1, "K"))
-    check.odd("query_weight", "K")
-    check.weight("value_weight", value_weight, ("C", 1, 3, 3))
-    check.batch_norm(norm, count_of(x))
-    check.heads(head_dim)
-    if carried is None:
-        for name, value in (("carry_scale", carry_scale), ("gate", gate), ("carry_weight", carry_weight)):
-            if value is not None:
-                check.fail(f"`{name}` goes with `carried`, which is None")
-    else:
-        check.map("carried", carried)
-        check.weight("carry_scale", carry_scale, ("C",))
-        if gate is not None:
-            check.state("gate", gate, ("B", "C"))
-        if carry_weight is not None:
-            check.weight("carry_weight", carry_weight, ("C", 1, 3, 3))
-    if keep is not None:
-        check.state("keep", keep, ("B",))
+    _check(x, y, query_weight, key_weight, value_weight, norm, carried, carry_scale, gate, carry_weight, keep, head_dim)
     chosen = choose(x.device, backend, "light_update")
     dtype = accumulate_dtype(x)
     norm = norm.to(dtype)

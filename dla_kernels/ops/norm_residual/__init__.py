@@ -4,10 +4,23 @@ from torch import Tensor
 
 from dla_kernels.backend import choose
 from dla_kernels.batch_norm import BatchNorm
-from dla_kernels.checks import Checker
+from dla_kernels.checks import Checker, remembered
 from dla_kernels.common import accumulate_dtype
 from dla_kernels.ops.norm_residual import reference
 from dla_kernels.ops.norm_residual.function import RELU, NormResidual, count_of, keep_books
+
+
+@remembered
+def _check(x, o, norm, keep, relu) -> None:
+    check = Checker("norm_residual")
+    if x is not None:
+        check.map("x", x)
+    check.map("o", o)
+    check.batch_norm(norm, count_of(o))
+    if keep is not None:
+        check.state("keep", keep, ("B",))
+    if relu not in RELU:
+        check.fail(f"`relu` must be one of {', '.join(map(repr, RELU))}, got {relu!r}")
 
 
 def norm_residual(
@@ -46,15 +59,7 @@ def norm_residual(
             unknown place for the ReLU, or no such backend.
         RuntimeError: the backend asked for cannot run.
     """
-    check = Checker("norm_residual")
-    if x is not None:
-        check.map("x", x)
-    check.map("o", o)
-    check.batch_norm(norm, count_of(o))
-    if keep is not None:
-        check.state("keep", keep, ("B",))
-    if relu not in RELU:
-        check.fail(f"`relu` must be one of {', '.join(map(repr, RELU))}, got {relu!r}")
+    _check(x, o, norm, keep, relu)
     chosen = choose(o.device, backend, "norm_residual")
     norm = norm.to(accumulate_dtype(o))
     if chosen == "reference":

@@ -5,12 +5,24 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dla_kernels.backend import choose
-from dla_kernels.checks import GATES, Checker
+from dla_kernels.checks import GATES, Checker, remembered
 from dla_kernels.common import ACTIVATIONS
 from dla_kernels.dsu import DsuWeights
 from dla_kernels.ops.gap_dsu import pack_dsu
 from dla_kernels.ops.refresh_gates import reference
 from dla_kernels.ops.refresh_gates.function import RefreshGates
+
+
+@remembered
+def _check(features, gates, h, c, weights, activation, gate) -> None:
+    check = Checker("refresh_gates")
+    check.state("features", features, ("B", "T", "C"))
+    check.state("gates", gates, ("B", "T", "C"))
+    check.state("h", h, ("B", "C"))
+    check.state("c", c, ("B", "C"))
+    check.dsu_weights(weights)
+    check.activation(activation)
+    check.one_of("gate", gate, GATES)
 
 
 def refresh_gates(
@@ -48,14 +60,7 @@ def refresh_gates(
         ValueError: a shape, dtype, device, number of weights or name that does not fit.
         RuntimeError: the backend asked for cannot run.
     """
-    check = Checker("refresh_gates")
-    check.state("features", features, ("B", "T", "C"))
-    check.state("gates", gates, ("B", "T", "C"))
-    check.state("h", h, ("B", "C"))
-    check.state("c", c, ("B", "C"))
-    check.dsu_weights(weights)
-    check.activation(activation)
-    check.one_of("gate", gate, GATES)
+    _check(features, gates, h, c, weights, activation, gate)
     chosen = choose(features.device, backend, "refresh_gates")
     if chosen == "reference":
         return reference.refresh_gates(features, gates, h, c, weights, activation, gate)
