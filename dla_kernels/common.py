@@ -21,6 +21,11 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def in_dtype(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``t.to(dtype)``, which takes its time even where there is nothing to do."""
+    return t if t is None or t.dtype == dtype else t.to(dtype)
+
+
 def without_autocast(function: Callable) -> Callable:
     """Runs ``function``, whose first argument is a tensor, with autocast off.
 

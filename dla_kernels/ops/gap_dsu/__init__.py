@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dla_kernels.backend import choose
 from dla_kernels.checks import GATES, Checker, remembered
-from dla_kernels.common import ACTIVATIONS
+from dla_kernels.common import ACTIVATIONS, in_dtype
 from dla_kernels.dsu import DsuWeights
 from dla_kernels.ops.gap_dsu import reference
 from dla_kernels.ops.gap_dsu.function import GapDsu
@@ -93,6 +93,6 @@ def gap_dsu(
     weights = weights if isinstance(weights, DsuWeights) else pack_dsu(weights)
     sigma = tuple(ACTIVATIONS).index(activation)
     y, h, c, d = GapDsu.call(
-        x, h, c, carried, weights.packed.to(h.dtype), weights.joint, sigma, gate == "context", chosen
+        x, h, c, carried, in_dtype(weights.packed, h.dtype), weights.joint, sigma, gate == "context", chosen
     )
     return x if x.dim() == 2 else y, h, c, None if carried is None else d

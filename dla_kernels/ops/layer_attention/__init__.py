@@ -8,7 +8,7 @@ from torch import Tensor
 from dla_kernels.backend import choose
 from dla_kernels.batch_norm import BatchNorm
 from dla_kernels.checks import Checker, remembered
-from dla_kernels.common import accumulate_dtype
+from dla_kernels.common import accumulate_dtype, in_dtype
 from dla_kernels.ops.layer_attention import reference
 from dla_kernels.ops.layer_attention.function import Layer, attend, folded
 from dla_kernels.ops.norm_residual.function import count_of, keep_books
@@ -101,7 +101,7 @@ def layer_attention(
     _check(x, features, gates, query_weight, key_weights, value_weight, values, norm, keep, head_dim, followers)
     chosen = choose(x.device, backend, "layer_attention")
     dtype = accumulate_dtype(x)
-    norm, *filters = norm.to(dtype), *(w.to(dtype) for w in (query_weight, key_weights, value_weight))
+    norm, *filters = norm.to(dtype), *(in_dtype(w, dtype) for w in (query_weight, key_weights, value_weight))
     attention = x, features, gates, *filters
     if chosen == "reference":
         out, value, pooled, key, mean, var, share = reference.layer_attention(*attention, values, norm, keep, head_dim)

@@ -6,7 +6,7 @@ from torch import Tensor
 from dla_kernels.backend import choose
 from dla_kernels.batch_norm import BatchNorm
 from dla_kernels.checks import Checker, remembered
-from dla_kernels.common import accumulate_dtype
+from dla_kernels.common import accumulate_dtype, in_dtype
 from dla_kernels.ops.light_update import reference
 from dla_kernels.ops.light_update.function import LightUpdate, folded
 from dla_kernels.ops.norm_residual.function import count_of, keep_books
@@ -97,9 +97,8 @@ def light_update(
     dtype = accumulate_dtype(x)
     norm = norm.to(dtype)
     query_weight, key_weight, value_weight, carry_scale, carry_weight = (
-        None if w is None else w.to(dtype)
-        for w in (query_weight, key_weight, value_weight, carry_scale, carry_weight)
-    )  # fmt: skip
+        in_dtype(w, dtype) for w in (query_weight, key_weight, value_weight, carry_scale, carry_weight)
+    )
     attention = x, y, query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight
     if chosen == "reference":
         out, out_mean, o, o_mean, mean, var, share = reference.light_update(*attention, norm, keep, head_dim)

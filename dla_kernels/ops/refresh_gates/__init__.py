@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dla_kernels.backend import choose
 from dla_kernels.checks import GATES, Checker, remembered
-from dla_kernels.common import ACTIVATIONS
+from dla_kernels.common import ACTIVATIONS, in_dtype
 from dla_kernels.dsu import DsuWeights
 from dla_kernels.ops.gap_dsu import pack_dsu
 from dla_kernels.ops.refresh_gates import reference
@@ -67,5 +67,5 @@ def refresh_gates(
     weights = weights if isinstance(weights, DsuWeights) else pack_dsu(weights)
     sigma = tuple(ACTIVATIONS).index(activation)
     return RefreshGates.call(
-        features, gates, h, c, weights.packed.to(h.dtype), weights.joint, sigma, gate == "context", chosen
+        features, gates, h, c, in_dtype(weights.packed, h.dtype), weights.joint, sigma, gate == "context", chosen
     )
