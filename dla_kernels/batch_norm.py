@@ -55,7 +55,7 @@ class BatchNorm(NamedTuple):
             running = (t.to(dtype) for t in running)
         return BatchNorm(self.weight.to(dtype), self.bias.to(dtype), *running, *self[4:])
 
-    @property
+    # No property: torch.compile of torch 2.10 sees none of a named tuple.
     def constants(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """The statistics [C] that the op takes as constants; none in training."""
         return (None, None) if self.training else (self.running_mean, self.running_var)

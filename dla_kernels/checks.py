@@ -105,7 +105,7 @@ class Checker:
             channels = self.dims["C"]
             if weights.channels != channels:
                 self.fail(f"`weights` must be for {channels} channels, got those for {weights.channels}")
-            self.weight("weights.packed", weights.packed, (sum(torch.Size(s).numel() for s in weights.shapes),))
+            self.weight("weights.packed", weights.packed, (sum(torch.Size(s).numel() for s in weights.shapes()),))
             return
         if len(weights) not in (3, 8):
             self.fail(f"`weights` must hold 3 tensors (joint form) or 8 (split form), got {len(weights)}")

@@ -20,7 +20,7 @@ class DsuWeights(NamedTuple):
     channels: int
     reduced: int
 
-    @property
+    # No property: torch.compile of torch 2.10 sees none of a named tuple.
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """The weights' shapes, in order."""
         c, r = self.channels, self.reduced
@@ -28,5 +28,5 @@ class DsuWeights(NamedTuple):
 
     def unpack(self) -> tuple[Tensor, ...]:
         """The single weights, as views."""
-        sizes = [torch.Size(s).numel() for s in self.shapes]
-        return tuple(w.view(s) for w, s in zip(self.packed.split(sizes), self.shapes, strict=True))
+        sizes = [torch.Size(s).numel() for s in self.shapes()]
+        return tuple(w.view(s) for w, s in zip(self.packed.split(sizes), self.shapes(), strict=True))

@@ -88,7 +88,7 @@ def folded(
 ) -> tuple[Tensor, Layer]:  # fmt: skip
     """The op without gradients and with constant statistics."""
     out, value, pooled, key = BACKENDS[backend].folded(
-        features, gates, query_weight, key_weights, x, value_weight, prior, *norm.constants, norm.weight, norm.bias,
+        features, gates, query_weight, key_weights, x, value_weight, prior, *norm.constants(), norm.weight, norm.bias,
         norm.eps, head_dim,
     )  # fmt: skip
     return out, Layer(value, pooled, key)
@@ -101,7 +101,7 @@ def attend(
     """The op under autograd: its output, its layer, and what is said of the statistics."""
     handles = [layer.handles[len(prior) - m - 1] for m, layer in enumerate(prior) if layer.handles]  # else no gradient
     out, value, pooled, key, *edges, _, _, _, mean, var, share = LayerAttention.call(
-        x, features, gates, query_weight, key_weights, value_weight, norm.weight, norm.bias, keep, *norm.constants,
+        x, features, gates, query_weight, key_weights, value_weight, norm.weight, norm.bias, keep, *norm.constants(),
         norm.eps, head_dim, norm.group, followers, backend, len(prior), *(layer.value for layer in prior),
         *(t for handle in handles for t in handle),
     )  # fmt: skip

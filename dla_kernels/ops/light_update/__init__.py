@@ -106,7 +106,7 @@ def light_update(
         return folded(*attention, norm, head_dim, need_o, chosen)
     else:
         out, out_mean, o, o_mean, mean, var, share = LightUpdate.call(
-            *attention, norm.weight, norm.bias, keep, *norm.constants, norm.eps, head_dim, norm.group, chosen
+            *attention, norm.weight, norm.bias, keep, *norm.constants(), norm.eps, head_dim, norm.group, chosen
         )
     keep_books(norm, mean, var, count_of(x), share, chosen)
     return out, out_mean, o if need_o else None, o_mean

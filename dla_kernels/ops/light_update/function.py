@@ -60,7 +60,7 @@ def folded(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
     """The op without gradients and with constant statistics: one pass."""
     out, out_mean, o, o_mean = BACKENDS[backend].folded(
-        x, y, query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight, *norm.constants,
+        x, y, query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight, *norm.constants(),
         norm.weight, norm.bias, norm.eps, head_dim, need_o,
     )  # fmt: skip
     return out, out_mean, o if need_o else None, o_mean

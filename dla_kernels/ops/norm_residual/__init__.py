@@ -66,7 +66,7 @@ def norm_residual(
         out, y, mean, var, share = reference.norm_residual(x, o, norm, keep, relu)
     else:
         out, y, mean, var, share = NormResidual.call(
-            x, o, norm.weight, norm.bias, keep, *norm.constants, norm.eps, relu, norm.group, chosen
+            x, o, norm.weight, norm.bias, keep, *norm.constants(), norm.eps, relu, norm.group, chosen
         )
     keep_books(norm, mean, var, count_of(o), share, chosen)
     return out, y

@@ -16,7 +16,7 @@ def norm_residual(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """``out`` and its GAP; detached, the statistics [C] that were used and this process's share in them."""
     branch = o.to(norm.weight.dtype)
-    (mean, var), share = norm.constants, None
+    (mean, var), share = norm.constants(), None
     if norm.training and norm.group is not None:
         mean, var, share = across(norm.group, *moments(branch), branch.numel() // branch.shape[1])
     elif norm.training:
