@@ -15,6 +15,7 @@ from dla.attention import BaseLayerAttention, LightLayerAttention
 from dla.cells import DSU
 from dla.checkpoints import ATTENTION, CARRY_CONV, NORM
 from dla.config import RELEASED, Config
+from dla.conv_norm import conv_norm, owns_output
 from dla.stage import BaseStage, LightStage, Stage, on_backend
 from dla_kernels import BatchNorm, norm_residual
 from dla_kernels.common import accumulate_dtype, gap
@@ -150,17 +151,19 @@ class FusedBlock(Fused):
 
     def output(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :mod:`dla.stage`."""
-        branch, _ = norm_residual(None, self.conv1(x), BatchNorm.of(self.bn1), relu="branch")
-        branch, norm = self.conv2(branch), self.bn2
+        branch, _ = conv_norm(self.conv1, self.bn1, x, relu="branch")
+        conv, norm = self.conv2, self.bn2
         if "conv3" in self._modules:
-            branch, _ = norm_residual(None, branch, BatchNorm.of(norm), relu="branch")
-            branch, norm = self.conv3(branch), self.bn3
+            branch, _ = conv_norm(conv, norm, branch, relu="branch")
+            conv, norm = self.conv3, self.bn3
+        branch = conv(branch)
         shortcut = x if self.downsample is None else self.downsample(x)
         # Autocast's convolutions give its dtype, the network before may not have.
         shortcut = shortcut.to(branch.dtype)
         channel_attention = [m for m in (child(self, ("se",)), child(self, ("eca",))) if m is not None]
         if not channel_attention:
-            return *norm_residual(shortcut, branch, BatchNorm.of(norm), relu="sum"), shortcut
+            out = norm_residual(shortcut, branch, BatchNorm.of(norm), relu="sum", inplace=owns_output(conv))
+            return *out, shortcut
         branch = norm(branch)
         for module in channel_attention:
             branch = module(branch)

@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dla.attention import DropPath
 from dla.config import PAPER, Config
+from dla.conv_norm import conv_norm
 from dla.hub import Shared
 from dla.stage import INTERACTIONS, create_stage
-from dla_kernels import BatchNorm, norm_residual
 from dla_kernels.common import gap
 
 #: Of the images that the models take, by channel.
@@ -53,13 +53,10 @@ class Bottleneck(nn.Module):
 
     def output(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The output without drop path [B, C, H, W], its GAP [B, C], and the shortcut: what layer attention takes."""
-        branch, _ = norm_residual(None, self.conv1(x), BatchNorm.of(self.bn1), relu="branch")
-        branch, _ = norm_residual(None, self.conv2(branch), BatchNorm.of(self.bn2), relu="branch")
-        shortcut = x
-        if self.downsample is not None:
-            conv, bn = self.downsample
-            shortcut, _ = norm_residual(None, conv(x), BatchNorm.of(bn))
-        return *norm_residual(shortcut, self.conv3(branch), BatchNorm.of(self.bn3), relu="sum"), shortcut
+        branch, _ = conv_norm(self.conv1, self.bn1, x, relu="branch")
+        branch, _ = conv_norm(self.conv2, self.bn2, branch, relu="branch")
+        shortcut = x if self.downsample is None else conv_norm(*self.downsample, x)[0]
+        return *conv_norm(self.conv3, self.bn3, branch, shortcut, relu="sum"), shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         branch, shortcut = self.branches(x)

@@ -72,6 +72,41 @@ void run_backward(const NormResidualBackward<T>& args, bool channels_last) {
     }
 }
 
+// out, in o's layout, as x is; returns its GAP and the statistics that were used.
+std::tuple<Tensor, Tensor, Tensor> normalise(const std::optional<Tensor>& x, const Tensor& o, const Tensor& out,
+                                             const Tensor& mean_, const Tensor& var_, const Tensor& weight_,
+                                             const Tensor& bias_, const std::optional<Tensor>& keep_, double eps,
+                                             int64_t relu) {
+    const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
+    const auto keep = dense(keep_);
+    const Shape s = shape_of(o);
+    const Tensor y = new_tensor(weight, {s.B, s.C});
+    const Tensor used_mean = new_tensor(weight, {s.C}), used_var = new_tensor(weight, {s.C});
+    on_dtype(o, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using A = Acc<T>;
+        A *m = mutable_data_of<A>(used_mean), *v = mutable_data_of<A>(used_var);
+        merge_samples(mean.dim() == 2 ? s.B : 1, s.C, data_of<A>(mean), data_of<A>(var), m, v);
+        const Normalisation<A> norm(s.C, m, v, data_of<A>(weight), eps);
+        const NormResidualForward<T> args{s,
+                                          x ? map_of<const T>(*x) : Map<const T>{},
+                                          map_of<const T>(o),
+                                          map_of<T>(out),
+                                          norm.mean,
+                                          norm.scale.get(),
+                                          data_of<A>(bias),
+                                          data_of<A>(keep),
+                                          mutable_data_of<A>(y),
+                                          static_cast<Relu>(relu)};
+        if (is_channels_last(out)) {
+            DLA_ON_ISA(forward_rows<T>(args));
+        } else {
+            DLA_ON_ISA(forward_planes<T>(args));
+        }
+    });
+    return {y, used_mean, used_var};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> norm_residual_moments(const Tensor& o_) {
@@ -92,41 +127,22 @@ std::tuple<Tensor, Tensor> norm_residual_moments(const Tensor& o_) {
 
 // out, its GAP, and the statistics of each channel that were used: those given, or merged from those of every sample.
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_residual_forward(const std::optional<Tensor>& x_, const Tensor& o_,
-                                                                 const Tensor& mean_, const Tensor& var_,
-                                                                 const Tensor& weight_, const Tensor& bias_,
-                                                                 const std::optional<Tensor>& keep_, double eps,
+                                                                 const Tensor& mean, const Tensor& var,
+                                                                 const Tensor& weight, const Tensor& bias,
+                                                                 const std::optional<Tensor>& keep, double eps,
                                                                  int64_t relu) {
     const Tensor first = walkable(x_ ? *x_ : o_);
-    const bool channels_last = is_channels_last(first);
-    const Tensor o = in_layout(o_, channels_last);
-    const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
-    const auto keep = dense(keep_);
-    const Shape s = shape_of(o);
-    const Tensor out = new_like(first), y = new_tensor(weight, {s.B, s.C});
-    const Tensor used_mean = new_tensor(weight, {s.C}), used_var = new_tensor(weight, {s.C});
-    on_dtype(o, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        using A = Acc<T>;
-        A *m = mutable_data_of<A>(used_mean), *v = mutable_data_of<A>(used_var);
-        merge_samples(mean.dim() == 2 ? s.B : 1, s.C, data_of<A>(mean), data_of<A>(var), m, v);
-        const Normalisation<A> norm(s.C, m, v, data_of<A>(weight), eps);
-        const NormResidualForward<T> args{s,
-                                          x_ ? map_of<const T>(first) : Map<const T>{},
-                                          map_of<const T>(o),
-                                          map_of<T>(out),
-                                          norm.mean,
-                                          norm.scale.get(),
-                                          data_of<A>(bias),
-                                          data_of<A>(keep),
-                                          mutable_data_of<A>(y),
-                                          static_cast<Relu>(relu)};
-        if (channels_last) {
-            DLA_ON_ISA(forward_rows<T>(args));
-        } else {
-            DLA_ON_ISA(forward_planes<T>(args));
-        }
-    });
+    const Tensor o = in_layout(o_, is_channels_last(first)), out = new_like(first);
+    const auto [y, used_mean, used_var] =
+        normalise(x_ ? std::optional<Tensor>(first) : std::nullopt, o, out, mean, var, weight, bias, keep, eps, relu);
     return {out, y, used_mean, used_var};
+}
+
+// The same over o, which must be dense and in one of the layouts; returns the GAP alone.
+Tensor norm_residual_forward_(const std::optional<Tensor>& x, const Tensor& o, const Tensor& mean, const Tensor& var,
+                              const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& keep, double eps,
+                              int64_t relu) {
+    return std::get<0>(normalise(in_layout(x, is_channels_last(o)), o, o, mean, var, weight, bias, keep, eps, relu));
 }
 
 // The first pass of the backward: gradients of weight, bias and keep, which are sums over all pixels.
@@ -232,6 +248,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dla_kernels, m) {
         "norm_residual_forward(Tensor? x, Tensor o, Tensor mean, Tensor var, Tensor weight, Tensor bias, Tensor? keep, "
         "float eps, int relu) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def(
+        "norm_residual_forward_(Tensor? x, Tensor(a!) o, Tensor mean, Tensor var, Tensor weight, Tensor bias, "
+        "Tensor? keep, float eps, int relu) -> Tensor");
+    m.def(
         "norm_residual_sums(Tensor grad_out, Tensor? grad_y, Tensor o, Tensor? out, Tensor mean, Tensor var, "
         "Tensor weight, Tensor bias, Tensor? keep, float eps, int relu, bool need_keep) -> (Tensor, Tensor, Tensor)");
     m.def(
@@ -246,6 +265,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dla_kernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(dla_kernels, CPU, m) {
     m.impl("norm_residual_moments", TORCH_BOX(&norm_residual_moments));
     m.impl("norm_residual_forward", TORCH_BOX(&norm_residual_forward));
+    m.impl("norm_residual_forward_", TORCH_BOX(&norm_residual_forward_));
     m.impl("norm_residual_sums", TORCH_BOX(&norm_residual_sums));
     m.impl("norm_residual_backward", TORCH_BOX(&norm_residual_backward));
     m.impl("norm_residual_update_running_stats", TORCH_BOX(&norm_residual_update_running_stats));

@@ -9,7 +9,7 @@ from test_dla_kernels.cases import MAKE, TYPICAL
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dla_kernels import native
+from dla_kernels import BatchNorm, native, norm_residual
 
 pytestmark = pytest.mark.skipif(native.ERROR is not None, reason=str(native.ERROR))
 
@@ -74,6 +74,17 @@ def test_opcheck_of_inference(op, monkeypatch):
         calls = recorded_calls(lambda: call("native"), monkeypatch)
     assert calls[-1][0].__name__ == f"{op}_folded.default"
     torch.library.opcheck(*calls[-1])
+
+
+def test_opcheck_in_place(monkeypatch):
+    statistics = torch.rand(4, 16)
+    with torch.no_grad():
+        x, o = torch.randn(2, 3, 16, 5, 5)
+        [call] = recorded_calls(
+            lambda: norm_residual(x, o, BatchNorm(*statistics, training=False), inplace=True), monkeypatch
+        )
+    assert call[0].__name__ == "norm_residual_forward_.default"
+    torch.library.opcheck(*call)
 
 
 @pytest.mark.parametrize("op", TYPICAL)

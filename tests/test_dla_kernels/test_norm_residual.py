@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from helpers import assert_close, gradients, require_grad
 from test_dla_kernels.cases import BACKENDS, MANY_CALLS
 
-from dla_kernels import BatchNorm, norm_residual
+from dla_kernels import BatchNorm, native, norm_residual
+from dla_kernels.common import accumulate_dtype
 
 RELU = [None, "branch", "sum"]
 SHAPES = [
@@ -163,3 +164,68 @@ def test_nan_passes_through_the_relu(backend):
         out, y = norm_residual(x, o, norm, relu=relu, backend=backend)
         assert out.isnan().nonzero().tolist() == [[1, 2, 0, 3]]
         assert y.isnan().nonzero().tolist() == [[1, 2]]
+
+
+def in_place(x, o, **settings):
+    """Both forms of the op on the same input: (out, y) of each, and the copy of o that the second may write over."""
+    channels = o.shape[1]
+    norm = BatchNorm(*torch.rand(4, channels, dtype=torch.float64), training=False)
+    again = o.clone() if o.is_contiguous() or o.is_contiguous(memory_format=torch.channels_last) else o
+    expected = norm_residual(x, o, norm, **settings)
+    return expected, norm_residual(x, again, norm, inplace=True, **settings), again
+
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.skipif(native.ERROR is not None, reason=str(native.ERROR))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shortcut", [None, *LAYOUTS])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [*SHAPES, pytest.param((0, 5, 3, 3), id="no sample")])
+def test_in_place_gives_the_same_bits(shape, layout, shortcut, dtype):
+    x, o, _, _ = arguments(*shape, dtype)
+    x, o = None if shortcut is None else x.to(memory_format=shortcut), o.to(memory_format=layout)
+    with torch.no_grad():
+        expected, (out, y), given = in_place(x, o, keep=torch.rand(shape[0]).to(accumulate_dtype(o)), relu="sum")
+    assert out is given
+    assert given._version == 1
+    assert torch.equal(out, expected[0])
+    assert_close(y, expected[1], 1e-6, "y")  # the layout of x, which the other form takes, says in which order it sums
+
+
+def test_in_place_writes_only_over_what_nothing_else_needs():
+    x, o, _, _ = arguments(3, 8, 5, 7)
+    with torch.no_grad():
+        for other in (o[:1].expand(3, -1, -1, -1), o[..., ::2, :]):  # one sample thrice, every other row
+            expected, (out, _), given = in_place(None, other)
+            assert out.data_ptr() != given.data_ptr()
+            assert torch.equal(out, expected[0])
+        batch = BatchNorm(*torch.rand(2, 8, dtype=torch.float64))
+        out, _ = norm_residual(x, o, batch, inplace=True)  # statistics of o itself
+        assert out.data_ptr() != o.data_ptr()
+        _, (out, _), given = in_place(x, o, backend="reference")
+        assert out.data_ptr() != given.data_ptr()
+    _, (out, _), given = in_place(x, o)  # gradients may be taken
+    assert out.data_ptr() != given.data_ptr()
+
+
+@pytest.mark.skipif(native.ERROR is not None, reason=str(native.ERROR))
+def test_autograd_sees_what_was_written_over():
+    o = torch.randn(2, 4, 3, 3, requires_grad=True)
+    kept = o * 2
+    square = kept * kept
+    with torch.no_grad():
+        norm_residual(None, kept, BatchNorm(*torch.rand(4, 4), training=False), inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.sum().backward()
+
+
+@pytest.mark.skipif(native.ERROR is not None, reason=str(native.ERROR))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_in_place_in_inference_mode(layout):
+    with torch.inference_mode():
+        _, o, _, _ = arguments(3, 8, 5, 7, torch.float32)
+        expected, (out, _), given = in_place(None, o.to(memory_format=layout), relu="branch")
+        assert out is given
+        assert torch.equal(out, expected[0])

@@ -7,7 +7,14 @@ from dla_kernels.batch_norm import BatchNorm
 from dla_kernels.checks import Checker, remembered
 from dla_kernels.common import accumulate_dtype
 from dla_kernels.ops.norm_residual import reference
-from dla_kernels.ops.norm_residual.function import RELU, NormResidual, count_of, keep_books
+from dla_kernels.ops.norm_residual.function import (
+    RELU,
+    NormResidual,
+    count_of,
+    keep_books,
+    may_overwrite,
+    overwrite,
+)
 
 
 @remembered
@@ -30,6 +37,7 @@ def norm_residual(
     keep: Tensor | None = None,  # [B]
     relu: str | None = None,
     backend: str | None = None,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Normalises a residual branch, adds it to the shortcut where there is one, and pools the sum.
 
@@ -50,6 +58,9 @@ def norm_residual(
         keep: [B] drop path's factor of each sample, 0 or 1 / (1 - rate), in the state's dtype; none keeps all.
         relu: where a ReLU stands, None for nowhere, "branch" after the normalisation, "sum" after the addition.
         backend: see :mod:`dla_kernels.backend`.
+        inplace: whether ``out`` may be ``o`` itself, written over: on the CPU without gradients and with constant
+            statistics, where a line that was just read need not be fetched again to be written. Elsewhere, and where
+            ``o`` is not dense, it changes nothing.
 
     Returns:
         out [B, C, H, W] in x's dtype and its GAP y [B, C] in the state's dtype.
@@ -62,6 +73,8 @@ def norm_residual(
     _check(x, o, norm, keep, relu)
     chosen = choose(o.device, backend, "norm_residual")
     norm = norm.to(accumulate_dtype(o))
+    if inplace and may_overwrite(o, norm, chosen):
+        return o, overwrite(x, o, norm, keep, relu, chosen)
     if chosen == "reference":
         out, y, mean, var, share = reference.norm_residual(x, o, norm, keep, relu)
     else:

@@ -28,6 +28,13 @@ def fake_forward(
     return empty_map_like(o if x is None else x), *vectors
 
 
+def fake_forward_(
+    x: Tensor | None, o: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None,
+    eps: float, relu: int,
+) -> Tensor:  # fmt: skip
+    return weight.new_empty(o.shape[:2])
+
+
 def fake_sums(
     grad_out: Tensor, grad_y: Tensor | None, o: Tensor, out: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor,
     bias: Tensor, keep: Tensor | None, eps: float, relu: int, need_keep: bool,
@@ -51,7 +58,7 @@ _fakes = {"moments": fake_moments, "forward": fake_forward, "sums": fake_sums, "
 
 #: {backend: its ops}
 BACKENDS = {
-    "native": native.library_ops("norm_residual", **_fakes, update_running_stats=fake_update),
+    "native": native.library_ops("norm_residual", **_fakes, forward_=fake_forward_, update_running_stats=fake_update),
     "triton": triton.library_ops("norm_residual", **_fakes),
 }
 BACKENDS["triton"].update_running_stats = reference.update_running_stats  # a few vectors
@@ -68,6 +75,28 @@ def batch_statistics(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """From a map's moments what normalises it: themselves [B, C], or those of a group [C] with this one's share."""
     return (mean, var, None) if group is None else across(group, mean, var, count)
+
+
+def may_overwrite(o: Tensor, norm: BatchNorm, backend: str) -> bool:
+    """Whether nothing needs ``o`` after the op, and the op can write over it; a compiler reuses memory itself."""
+    return (
+        backend == "native"
+        and o.device.type == "cpu"
+        and norm.constants()[0] is not None
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and (o.is_contiguous() or o.is_contiguous(memory_format=torch.channels_last))
+    )
+
+
+def overwrite(
+    x: Tensor | None, o: Tensor, norm: BatchNorm, keep: Tensor | None, relu: str | None, backend: str
+) -> Tensor:
+    """The op without gradients and with constant statistics, ``out`` in the place of ``o``; returns y."""
+    y = BACKENDS[backend].forward_(x, o, *norm.constants(), norm.weight, norm.bias, keep, norm.eps, RELU[relu])
+    if not o.is_inference():
+        torch.autograd.graph.increment_version(o)
+    return y
 
 
 def keep_books(norm: BatchNorm, mean: Tensor, var: Tensor, count: int, share: Tensor | None, backend: str) -> None:

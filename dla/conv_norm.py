@@ -1,0 +1,27 @@
+"""A convolution with what follows it in a residual block."""
+
+from torch import Tensor, nn
+from torch.nn.modules import module
+
+from dla_kernels import BatchNorm, norm_residual
+
+
+def owns_output(conv: nn.Module) -> bool:
+    """Whether nobody but its caller has what the module returns: torch's own convolution, without a hook on it."""
+    return type(conv) is nn.Conv2d and not conv._forward_hooks and not module._global_forward_hooks
+
+
+def conv_norm(
+    conv: nn.Module, bn: nn.Module, x: Tensor, shortcut: Tensor | None = None, relu: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Convolution, BatchNorm, and the ReLU and the addition to the shortcut where there are such.
+
+    Args:
+        x: [B, C_in, H_in, W_in].
+        shortcut: [B, C, H, W].
+        relu: see :func:`dla_kernels.norm_residual`.
+
+    Returns:
+        The map [B, C, H, W] and its GAP [B, C].
+    """
+    return norm_residual(shortcut, conv(x), BatchNorm.of(bn), relu=relu, inplace=owns_output(conv))
