@@ -89,19 +89,20 @@ class BaseLayerAttention(_LayerAttention):
         key_weights: Tensor,
         prior: list[Layer],
         followers: int = 0,
+        inplace: bool = False,
     ) -> tuple[Tensor, Layer]:
         """Attends from the block's map over the T layers so far, and adds the result.
 
         Args:
             x: [B, C, H, W] the block's map.
-            features, gates, key_weights, prior, followers: see :func:`dla_kernels.layer_attention`.
+            features, gates, key_weights, prior, followers, inplace: see :func:`dla_kernels.layer_attention`.
 
         Returns:
             [B, C, H, W] the block's output, and its layer.
         """
         return layer_attention(
             x, features, gates, self.query.weight, key_weights, self.value.weight, prior, self.batch_norm(),
-            self.keep(x), self.head_dim, followers,
+            self.keep(x), self.head_dim, followers, inplace=inplace,
         )  # fmt: skip
 
     def weights(self, features: Tensor, gates: Tensor, key_weights: Tensor) -> Tensor:

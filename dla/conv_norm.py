@@ -6,9 +6,16 @@ from torch.nn.modules import module
 from dla_kernels import BatchNorm, norm_residual
 
 
+def has_hooks(m: nn.Module) -> bool:
+    """Whether a hook sees what the module takes or returns."""
+    return bool(
+        m._forward_hooks or m._forward_pre_hooks or module._global_forward_hooks or module._global_forward_pre_hooks
+    )
+
+
 def owns_output(conv: nn.Module) -> bool:
     """Whether nobody but its caller has what the module returns: torch's own convolution, without a hook on it."""
-    return type(conv) is nn.Conv2d and not conv._forward_hooks and not module._global_forward_hooks
+    return type(conv) is nn.Conv2d and not has_hooks(conv)
 
 
 def conv_norm(

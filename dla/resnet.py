@@ -27,6 +27,7 @@ class Bottleneck(nn.Module):
     """1x1, 3x3 (with the stride) and 1x1 convolutions, each with BatchNorm; four times as many channels out."""
 
     expansion = 4
+    owns_output = True
 
     def __init__(self, in_channels: int, width: int, stride: int = 1, drop_path: float = 0.0):
         super().__init__()

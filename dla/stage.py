@@ -2,7 +2,8 @@
 
 A block offers ``branches(x) -> (residual branch, shortcut)`` and ``act``; its plain output is act(branch + shortcut).
 Layer-wise information integration also takes its ``drop_path``. One that has ``output(x) -> (that output, its GAP,
-shortcut)`` saves layer attention a pass over the map.
+shortcut)`` saves layer attention a pass over the map; with ``owns_output = True`` nobody else has that output, and it
+may be written over.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from dla.attention import BaseLayerAttention, LightLayerAttention
 from dla.cells import Cell, State, create_cell
 from dla.config import PAPER, Config
+from dla.conv_norm import has_hooks
 from dla_kernels import use_backend
 from dla_kernels.common import gap
 
@@ -118,12 +120,13 @@ class BaseStage(_AttentionStage):
             own_gate = torch.ones_like(y) if own_gate is None else own_gate
             gates = [_append(g, own_gate) for g in gates]
             own, followers = len(layers), len(self.blocks) - len(layers) - 1
+            inplace = getattr(block, "owns_output", False) and not has_hooks(attention)
             if not key_value:
                 features[0] = _append(features[0], y)
-                x, layer = attention(x, features[0], gates[0], key_weights[: own + 1], layers, followers)
+                x, layer = attention(x, features[0], gates[0], key_weights[: own + 1], layers, followers, inplace)
             else:
                 keys = None if features[0] is None else features[0] * gates[0][:, :-1]
-                x, layer = attention(x, _append(keys, y), gates[1], attention.key.weight, layers, followers)
+                x, layer = attention(x, _append(keys, y), gates[1], attention.key.weight, layers, followers, inplace)
                 features = [_append(features[0], layer.key), _append(features[1], layer.pooled)]
             layers.append(layer)
         return x

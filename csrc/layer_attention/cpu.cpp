@@ -151,6 +151,23 @@ struct Layers {
     }
 };
 
+// The block's output, with BatchNorm folded, in `out`.
+void fold(const Layers& in, const Tensor& out, const Tensor& mean_, const Tensor& var_, const Tensor& weight_,
+          const Tensor& bias_, double eps, int64_t head_dim) {
+    const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
+    on_dtype(in.x, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using A = Acc<T>;
+        const FoldedNorm<A> norm(in.x.size(1), data_of<A>(mean), data_of<A>(var), data_of<A>(weight), data_of<A>(bias),
+                                 eps);
+        LayerAttentionForward<T> args{};
+        args.out = map_of<T>(out);
+        args.scale = norm.scale.get();
+        args.shift = norm.shift.get();
+        in.attend(args, head_dim);
+    });
+}
+
 }  // namespace
 
 // o and its moments, the layer's own value map, the mean of that and its key; then q [B, C] and k [B, T, C].
@@ -175,24 +192,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_attention_folded(const Tensor& features, const Tensor& gates,
                                                                   const Tensor& query_weight, const Tensor& key_weights,
                                                                   const Tensor& x, const Tensor& value_weight,
-                                                                  const std::vector<Tensor>& prior, const Tensor& mean_,
-                                                                  const Tensor& var_, const Tensor& weight_,
-                                                                  const Tensor& bias_, double eps, int64_t head_dim) {
+                                                                  const std::vector<Tensor>& prior, const Tensor& mean,
+                                                                  const Tensor& var, const Tensor& weight,
+                                                                  const Tensor& bias, double eps, int64_t head_dim) {
     const Layers in(features, gates, query_weight, key_weights, x, value_weight, prior);
-    const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
     const Tensor out = new_like(in.x);
-    on_dtype(in.x, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        using A = Acc<T>;
-        const FoldedNorm<A> norm(in.x.size(1), data_of<A>(mean), data_of<A>(var), data_of<A>(weight), data_of<A>(bias),
-                                 eps);
-        LayerAttentionForward<T> args{};
-        args.out = map_of<T>(out);
-        args.scale = norm.scale.get();
-        args.shift = norm.shift.get();
-        in.attend(args, head_dim);
-    });
+    fold(in, out, mean, var, weight, bias, eps, head_dim);
     return {out, in.value, in.pooled, in.key};
+}
+
+// The same with the block's output over x, which must be dense and in one of the layouts. Every pixel of x is read for
+// the last time where its output is written, after the value map has been made from its neighbourhood.
+std::tuple<Tensor, Tensor, Tensor> layer_attention_folded_(const Tensor& features, const Tensor& gates,
+                                                           const Tensor& query_weight, const Tensor& key_weights,
+                                                           const Tensor& x, const Tensor& value_weight,
+                                                           const std::vector<Tensor>& prior, const Tensor& mean,
+                                                           const Tensor& var, const Tensor& weight, const Tensor& bias,
+                                                           double eps, int64_t head_dim) {
+    const Layers in(features, gates, query_weight, key_weights, x, value_weight, prior);
+    fold(in, in.x, mean, var, weight, bias, eps, head_dim);
+    return {in.value, in.pooled, in.key};
 }
 
 // The backward of the whole block, out = x + keep * ReLU(BatchNorm(o)), from the gradients of out, of the value map
@@ -299,6 +318,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dla_kernels, m) {
         "Tensor value_weight, Tensor[] prior, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, "
         "int head_dim) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def(
+        "layer_attention_folded_(Tensor features, Tensor gates, Tensor query_weight, Tensor key_weights, Tensor(a!) x, "
+        "Tensor value_weight, Tensor[] prior, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, "
+        "int head_dim) -> (Tensor, Tensor, Tensor)");
+    m.def(
         "layer_attention_backward(Tensor grad_out, Tensor? grad_read, Tensor? grad_pooled, Tensor? grad_key, Tensor o, "
         "Tensor mean, Tensor var, Tensor weight, Tensor bias, Tensor? sum_weight, Tensor? sum_bias, Tensor? keep, "
         "float eps, SymInt count, Tensor q, Tensor k, Tensor features, Tensor gates, Tensor query_weight, "
@@ -310,6 +333,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dla_kernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(dla_kernels, CPU, m) {
     m.impl("layer_attention_forward", TORCH_BOX(&layer_attention_forward));
     m.impl("layer_attention_folded", TORCH_BOX(&layer_attention_folded));
+    m.impl("layer_attention_folded_", TORCH_BOX(&layer_attention_folded_));
     m.impl("layer_attention_backward", TORCH_BOX(&layer_attention_backward));
 }
 

@@ -60,6 +60,20 @@ def test_another_module_in_the_convolution_s_place(block, conv):
         torch.testing.assert_close(out, (bn(before) + x).relu())
 
 
+def test_a_hook_keeps_what_layer_attention_took():
+    model, kept = dla.create_model("resnet20_dla_b", num_classes=10).eval(), []
+    x = torch.randn(2, 3, 16, 16)
+    attention = model.layer1.attention[1]
+    handle = attention.register_forward_hook(lambda module, args, output: kept.append((args[0], output[0])))
+    with torch.no_grad():
+        model(x)
+        handle.remove()
+        (before, after) = kept[0]
+        assert before.data_ptr() != after.data_ptr()
+        plain = model(x)
+    torch.testing.assert_close(plain, model(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["resnet20_dla_l", "resnet20_dla_b"])
 def test_inference_is_the_same_with_and_without_gradients(name):
     model = dla.create_model(name, num_classes=10)

@@ -95,8 +95,9 @@ class Call:
 
 
 def stage(
-    maps, features, gates, query_weights, key_weights, value_weights, norm, head_dim, backend, keep=None, keys=False
-) -> tuple[Tensor, ...]:
+    maps, features, gates, query_weights, key_weights, value_weights, norm, head_dim, backend, keep=None, keys=False,
+    inplace=False,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The outputs of a stage's T layers, given a map, its filters, and a row of features and gates [B, T, C] for each;
     and what the first one shows of itself, the value map, its mean and the key.
 
@@ -111,7 +112,7 @@ def stage(
             rows, filters = torch.stack([*refreshed, features[:, t]], dim=1), key_weights[t]
         out, layer = dla_kernels.layer_attention(
             x, rows, gates[:, now], query_weight, filters, value_weight, layers, norm, keep, head_dim, followers,
-            backend,
+            backend, inplace,
         )  # fmt: skip
         layers.append(layer)
         outputs.append(out)

@@ -9,7 +9,7 @@ from test_dla_kernels.cases import MAKE, TYPICAL
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dla_kernels import BatchNorm, native, norm_residual
+from dla_kernels import native
 
 pytestmark = pytest.mark.skipif(native.ERROR is not None, reason=str(native.ERROR))
 
@@ -32,6 +32,13 @@ def recorded_calls(run, monkeypatch):
     run()
     monkeypatch.undo()
     return calls
+
+
+def detached(a):
+    """An argument of a library op, out of the graph."""
+    if isinstance(a, torch.Tensor):
+        return a.detach().clone()
+    return [detached(i) for i in a] if isinstance(a, (list, tuple)) else a
 
 
 LIBRARY_OPS = {
@@ -58,11 +65,6 @@ def test_opcheck(op, monkeypatch):
     calls = recorded_calls(lambda: call.run("native"), monkeypatch)
     assert [library_op.__name__.removesuffix(".default") for library_op, _ in calls] == LIBRARY_OPS[op]
 
-    def detached(a):
-        if isinstance(a, torch.Tensor):
-            return a.detach().clone()
-        return [detached(i) for i in a] if isinstance(a, (list, tuple)) else a
-
     for library_op, args in calls:
         torch.library.opcheck(library_op, tuple(detached(a) for a in args))
 
@@ -76,15 +78,14 @@ def test_opcheck_of_inference(op, monkeypatch):
     torch.library.opcheck(*calls[-1])
 
 
-def test_opcheck_in_place(monkeypatch):
-    statistics = torch.rand(4, 16)
+@pytest.mark.parametrize(("op", "library_op"), [("norm_residual", "forward_"), ("layer_attention", "folded_")])
+def test_opcheck_in_place(op, library_op, monkeypatch):
+    call = TYPICAL[op](dtype=torch.float32, statistics="running", keep=False)
+    call.options["inplace"] = True
     with torch.no_grad():
-        x, o = torch.randn(2, 3, 16, 5, 5)
-        [call] = recorded_calls(
-            lambda: norm_residual(x, o, BatchNorm(*statistics, training=False), inplace=True), monkeypatch
-        )
-    assert call[0].__name__ == "norm_residual_forward_.default"
-    torch.library.opcheck(*call)
+        found, args = recorded_calls(lambda: call("native"), monkeypatch)[-1]
+    assert found.__name__ == f"{op}_{library_op}.default"
+    torch.library.opcheck(found, tuple(detached(a) for a in args))
 
 
 @pytest.mark.parametrize("op", TYPICAL)

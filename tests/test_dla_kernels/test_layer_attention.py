@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from helpers import assert_close, require_grad
 from test_dla_kernels.cases import BACKENDS, MANY_CALLS, stage
 
-from dla_kernels import BatchNorm, layer_attention
+from dla_kernels import BatchNorm, layer_attention, native
+from dla_kernels.common import accumulate_dtype
 
 
 def arguments(batch, channels, height, width, layers, dtype=torch.float64):
@@ -185,3 +186,30 @@ def test_low_precision_maps_accumulate_in_float32(backend, dtype):
         assert_close(a, e, 2 * torch.finfo(dtype).eps, f"layer {t}")  # V's rounding, o's and its own
     assert value.dtype == dtype
     assert pooled.dtype == key.dtype == torch.float32
+
+
+@pytest.mark.skipif(native.ERROR is not None, reason=str(native.ERROR))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(2, 32, 5, 7), (3, 5, 1, 1), (2, 1, 9, 3), (2, 70, 17, 19), (0, 4, 3, 3)])
+def test_in_place_gives_the_same_bits(shape, layout, dtype):
+    maps, *vectors, norm = arguments(*shape, 6, dtype)
+    maps = [m.to(memory_format=layout) for m in maps]
+    vectors = [v if isinstance(v, list) else v.to(accumulate_dtype(maps[0])) for v in vectors]
+    statistics = torch.rand(2, shape[1], dtype=torch.float64)
+    given = maps, *vectors, BatchNorm(norm.weight, norm.bias, *statistics, training=False)
+    with torch.no_grad():
+        prior, again = [], []
+        for t, x in enumerate(maps):
+            expected, layer = attend(given, t, prior, head_dim=1)
+            out, same = attend(given, t, again, head_dim=1, inplace=True)
+            assert out is x
+            assert x._version == 1
+            for actual, wanted in zip((out, *same[:3]), (expected, *layer[:3]), strict=True):
+                assert torch.equal(actual, wanted)
+            prior.append(layer)
+            again.append(same)
+    x = maps[0].clone()
+    out, _ = attend(([x], *given[1:]), 0, [], head_dim=1, inplace=True)  # gradients may be taken
+    assert out is not x
+    assert torch.equal(x, maps[0])

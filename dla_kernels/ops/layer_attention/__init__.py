@@ -11,7 +11,7 @@ from dla_kernels.checks import Checker, remembered
 from dla_kernels.common import accumulate_dtype, in_dtype
 from dla_kernels.ops.layer_attention import reference
 from dla_kernels.ops.layer_attention.function import Layer, attend, folded
-from dla_kernels.ops.norm_residual.function import count_of, keep_books
+from dla_kernels.ops.norm_residual.function import count_of, keep_books, may_overwrite
 
 _fail = Checker("layer_attention").fail
 
@@ -54,6 +54,7 @@ def layer_attention(
     head_dim: int = 32,
     followers: int = 0,
     backend: str | None = None,
+    inplace: bool = False,
 ) -> tuple[Tensor, Layer]:
     """Attends over the layers of a stage with the gates folded in, and adds the result to the layer's map (Eq. 2).
 
@@ -85,6 +86,7 @@ def layer_attention(
         head_dim: channels of a head; divides C.
         followers: how many later layers may attend to this one where gradients are taken.
         backend: see :mod:`dla_kernels.backend`.
+        inplace: whether ``out`` may be ``x`` itself, written over, as in :func:`norm_residual` and where nothing drops.
 
     Returns:
         out [B, C, H, W] in x's dtype, and the layer as later ones take it.
@@ -107,7 +109,7 @@ def layer_attention(
         out, value, pooled, key, mean, var, share = reference.layer_attention(*attention, values, norm, keep, head_dim)
         layer = Layer(value, pooled, key)
     elif not (norm.training or torch.is_grad_enabled()) and keep is None:
-        return folded(*attention, values, norm, head_dim, chosen)
+        return folded(*attention, values, norm, head_dim, chosen, inplace and may_overwrite(x, norm, chosen))
     else:
         recording = torch.is_grad_enabled()
         for m, earlier in enumerate(prior):

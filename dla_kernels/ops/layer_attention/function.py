@@ -56,6 +56,14 @@ def fake_folded(
     return empty_map_like(x), empty_map_like(x), pooled, key
 
 
+def fake_folded_(
+    features: Tensor, gates: Tensor, query_weight: Tensor, key_weights: Tensor, x: Tensor, value_weight: Tensor,
+    prior: Sequence[Tensor], mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float, head_dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    pooled, key = (features.new_empty(x.shape[:2]) for _ in range(2))
+    return empty_map_like(x), pooled, key
+
+
 def fake_backward(
     grad_out: Tensor, grad_read: Tensor | None, grad_pooled: Tensor | None, grad_key: Tensor | None, o: Tensor,
     mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, sum_weight: Tensor | None, sum_bias: Tensor | None,
@@ -76,22 +84,28 @@ def fake_backward(
 RELU = norm_residual.RELU["branch"]
 
 #: {backend: its ops}
+_fakes = {"forward": fake_forward, "folded": fake_folded, "backward": fake_backward}
 BACKENDS = {
-    name: module.library_ops("layer_attention", forward=fake_forward, folded=fake_folded, backward=fake_backward)
-    for name, module in (("native", native), ("triton", triton))
+    "native": native.library_ops("layer_attention", **_fakes, folded_=fake_folded_),
+    "triton": triton.library_ops("layer_attention", **_fakes),
 }
 
 
 def folded(
     x: Tensor, features: Tensor, gates: Tensor, query_weight: Tensor, key_weights: Tensor, value_weight: Tensor,
-    prior: Sequence[Tensor], norm: BatchNorm, head_dim: int, backend: str,
+    prior: Sequence[Tensor], norm: BatchNorm, head_dim: int, backend: str, overwrite: bool,
 ) -> tuple[Tensor, Layer]:  # fmt: skip
-    """The op without gradients and with constant statistics."""
-    out, value, pooled, key = BACKENDS[backend].folded(
+    """The op without gradients and with constant statistics; its output in the place of ``x`` or in a new map."""
+    given = (
         features, gates, query_weight, key_weights, x, value_weight, prior, *norm.constants(), norm.weight, norm.bias,
         norm.eps, head_dim,
     )  # fmt: skip
-    return out, Layer(value, pooled, key)
+    if not overwrite:
+        out, *layer = BACKENDS[backend].folded(*given)
+        return out, Layer(*layer)
+    layer = BACKENDS[backend].folded_(*given)
+    norm_residual.was_overwritten(x)
+    return x, Layer(*layer)
 
 
 def attend(

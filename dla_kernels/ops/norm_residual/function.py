@@ -89,13 +89,18 @@ def may_overwrite(o: Tensor, norm: BatchNorm, backend: str) -> bool:
     )
 
 
+def was_overwritten(o: Tensor) -> None:
+    """Lets autograd find out, should it have saved ``o``."""
+    if not o.is_inference():
+        torch.autograd.graph.increment_version(o)
+
+
 def overwrite(
     x: Tensor | None, o: Tensor, norm: BatchNorm, keep: Tensor | None, relu: str | None, backend: str
 ) -> Tensor:
     """The op without gradients and with constant statistics, ``out`` in the place of ``o``; returns y."""
     y = BACKENDS[backend].forward_(x, o, *norm.constants(), norm.weight, norm.bias, keep, norm.eps, RELU[relu])
-    if not o.is_inference():
-        torch.autograd.graph.increment_version(o)
+    was_overwritten(o)
     return y
 
 
