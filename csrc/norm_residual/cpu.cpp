@@ -72,11 +72,12 @@ void run_backward(const NormResidualBackward<T>& args, bool channels_last) {
     }
 }
 
-// out, in o's layout, as x is; returns its GAP and the statistics that were used.
+// out from maps of one layout; returns its GAP and the statistics that were used. The layout is not asked of out: of
+// one pixel a dense map counts as channels_last whatever the others are.
 std::tuple<Tensor, Tensor, Tensor> normalise(const std::optional<Tensor>& x, const Tensor& o, const Tensor& out,
                                              const Tensor& mean_, const Tensor& var_, const Tensor& weight_,
                                              const Tensor& bias_, const std::optional<Tensor>& keep_, double eps,
-                                             int64_t relu) {
+                                             int64_t relu, bool channels_last) {
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
     const auto keep = dense(keep_);
     const Shape s = shape_of(o);
@@ -98,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor> normalise(const std::optional<Tensor>& x, con
                                           data_of<A>(keep),
                                           mutable_data_of<A>(y),
                                           static_cast<Relu>(relu)};
-        if (is_channels_last(out)) {
+        if (channels_last) {
             DLA_ON_ISA(forward_rows<T>(args));
         } else {
             DLA_ON_ISA(forward_planes<T>(args));
@@ -131,10 +132,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_residual_forward(const std::opti
                                                                  const Tensor& weight, const Tensor& bias,
                                                                  const std::optional<Tensor>& keep, double eps,
                                                                  int64_t relu) {
-    const Tensor first = walkable(x_ ? *x_ : o_);
-    const Tensor o = in_layout(o_, is_channels_last(first)), out = new_like(first);
+    const Tensor first = walkable(x_ ? *x_ : o_), out = new_like(first);
+    const bool channels_last = is_channels_last(first);
     const auto [y, used_mean, used_var] =
-        normalise(x_ ? std::optional<Tensor>(first) : std::nullopt, o, out, mean, var, weight, bias, keep, eps, relu);
+        normalise(x_ ? std::optional<Tensor>(first) : std::nullopt, in_layout(o_, channels_last), out, mean, var,
+                  weight, bias, keep, eps, relu, channels_last);
     return {out, y, used_mean, used_var};
 }
 
@@ -142,7 +144,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_residual_forward(const std::opti
 Tensor norm_residual_forward_(const std::optional<Tensor>& x, const Tensor& o, const Tensor& mean, const Tensor& var,
                               const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& keep, double eps,
                               int64_t relu) {
-    return std::get<0>(normalise(in_layout(x, is_channels_last(o)), o, o, mean, var, weight, bias, keep, eps, relu));
+    const bool channels_last = is_channels_last(o);
+    return std::get<0>(
+        normalise(in_layout(x, channels_last), o, o, mean, var, weight, bias, keep, eps, relu, channels_last));
 }
 
 // The first pass of the backward: gradients of weight, bias and keep, which are sums over all pixels.

@@ -234,6 +234,7 @@ ROWS = [
         ("no shortcut", (3, 16, 8, 8), {"shortcut": False, "relu": "branch"}),  # inside a residual block
         ("no shortcut in eval", (3, 16, 8, 8), {"shortcut": False, "relu": "branch", "statistics": "running"}),
         ("no shortcut, primes in rows", (3, 13, 7, 11), {"shortcut": False, "layout": "rows", "relu": "sum"}),
+        ("no shortcut, every second pixel", (3, 5, 1, 1), {"shortcut": False, "layout": "every second column"}),
         ("no shortcut, sliced", (3, 13, 7, 11), {"shortcut": False, "layout": "planes sliced", "keep": True}),
         ("drop path", (5, 16, 8, 8), {"keep": True}),
         ("all of it", (5, 16, 8, 8), {"keep": True, "relu": "branch"}),
