@@ -3,14 +3,13 @@
 from torch import Tensor, nn
 from torch.nn.modules import module
 
+from dla.probe import hooks_of
 from dla_kernels import BatchNorm, norm_residual
 
 
 def has_hooks(m: nn.Module) -> bool:
-    """Whether a hook sees what the module takes or returns."""
-    return bool(
-        m._forward_hooks or m._forward_pre_hooks or module._global_forward_hooks or module._global_forward_pre_hooks
-    )
+    """Whether a hook, its own or one on all modules, sees what the module takes or returns."""
+    return bool(any(hooks_of(m)) or module._global_forward_hooks or module._global_forward_pre_hooks)
 
 
 def owns_output(conv: nn.Module) -> bool:

@@ -40,7 +40,7 @@ def random_copies(modules: Iterable[nn.Module]) -> tuple[list[nn.Module], Callab
 
 def hooks_of(module: nn.Module) -> list[dict]:
     """The dictionaries that hold a module's own hooks on its calls."""
-    return [getattr(module, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")]
+    return [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:

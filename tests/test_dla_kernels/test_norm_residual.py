@@ -8,6 +8,7 @@ from dla_kernels import BatchNorm, native, norm_residual
 from dla_kernels.common import accumulate_dtype
 
 RELU = [None, "branch", "sum"]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
 SHAPES = [
     pytest.param((3, 8, 5, 7), id="odd map"),
     pytest.param((3, 5, 1, 1), id="one pixel"),
@@ -35,7 +36,7 @@ def with_torch(x, o, weight, bias, keep, relu):
 @pytest.mark.parametrize("relu", RELU)
 @pytest.mark.parametrize("keep", [None, (0.0, 1.25, 1.25)])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_is_batch_norm_of_torch(backend, shape, keep, relu, layout):
     x, o, weight, bias = arguments(*shape)
     x, o = (t.to(memory_format=layout) for t in (x, o))
@@ -123,7 +124,7 @@ def test_gradcheck(backend, relu, training):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_statistics_survive_a_mean_far_from_zero(backend, layout):
     """A variance from sums of squares would lose every digit in float32 here."""
     o = (1e4 + torch.randn(4, 8, 16, 16, dtype=torch.float64)).float().to(memory_format=layout)
@@ -135,7 +136,7 @@ def test_statistics_survive_a_mean_far_from_zero(backend, layout):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("relu", RELU)
 def test_maps_keep_their_dtype(backend, dtype, layout, relu):
     x, o, weight, bias = arguments(2, 24, 9, 9, dtype)
@@ -173,9 +174,6 @@ def in_place(x, o, **settings):
     again = o.clone() if o.is_contiguous() or o.is_contiguous(memory_format=torch.channels_last) else o
     expected = norm_residual(x, o, norm, **settings)
     return expected, norm_residual(x, again, norm, inplace=True, **settings), again
-
-
-LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
 @pytest.mark.skipif(native.ERROR is not None, reason=str(native.ERROR))

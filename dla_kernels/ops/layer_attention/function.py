@@ -56,12 +56,8 @@ def fake_folded(
     return empty_map_like(x), empty_map_like(x), pooled, key
 
 
-def fake_folded_(
-    features: Tensor, gates: Tensor, query_weight: Tensor, key_weights: Tensor, x: Tensor, value_weight: Tensor,
-    prior: Sequence[Tensor], mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float, head_dim: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    pooled, key = (features.new_empty(x.shape[:2]) for _ in range(2))
-    return empty_map_like(x), pooled, key
+def fake_folded_(*args) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_folded(*args)[1:]
 
 
 def fake_backward(

@@ -28,11 +28,8 @@ def fake_forward(
     return empty_map_like(o if x is None else x), *vectors
 
 
-def fake_forward_(
-    x: Tensor | None, o: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None,
-    eps: float, relu: int,
-) -> Tensor:  # fmt: skip
-    return weight.new_empty(o.shape[:2])
+def fake_forward_(*args) -> Tensor:
+    return fake_forward(*args)[1]
 
 
 def fake_sums(
