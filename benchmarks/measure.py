@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 import mmap
+import resource
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ MIN_ROUNDS, MAX_ROUNDS = 5, 100
 #: A sample is as many calls as take this long: little in it is what the rival before left in the caches, or a moment's
 #: other work on the machine.
 SAMPLE_S = 5e-2
+#: Rounds of a warm-up, and bytes of new memory that a settled one takes at most.
+MAX_WARM_UP, NEW_MEMORY = 12, 2**20
 #: The calls of an op go round sets of arguments of so many bytes together, more than caches hold, but at most so many.
 BEYOND_CACHES, MAX_SETS = 2**28, 64
 #: Bytes of the copies and side of the products that the limits are taken from.
@@ -77,22 +80,22 @@ def seconds_of(function: Function, calls: int, device: torch.device) -> float:
 def interleaved(
     rivals: dict[str, Function], device: torch.device, budget_s: float
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds a call of every rival in every round, after a warm-up of each, and why some could not run.
+    """Seconds a call of every rival in every round, after a warm-up, and why some could not run.
 
-    The first rival must run; one of the others that fails in its warm-up (``torch.compile`` where there is no compiler)
-    is left out.
+    The first rival must run; one of the others that fails at its first call (``torch.compile`` where there is no
+    compiler) is left out.
     """
-    calls, failed = {}, {}
+    running, failed = {}, {}
     for name, function in rivals.items():
         try:
             function()
-            once = min(seconds_of(function, 1, device) for _ in range(2))
         except Exception as error:
-            if not calls:
+            if not running:
                 raise
             failed[name] = reason(error)
-            continue
-        calls[name] = max(1, round(SAMPLE_S / once))
+        else:
+            running[name] = function
+    calls = {name: max(1, round(SAMPLE_S / once)) for name, once in warm_up(running, device).items()}
     samples = {name: [] for name in calls}
     begin = time.perf_counter()
     for done in itertools.count(1):
@@ -100,6 +103,28 @@ def interleaved(
             values.append(seconds_of(rivals[name], calls[name], device))
         if done == MAX_ROUNDS or (done >= MIN_ROUNDS and time.perf_counter() - begin > budget_s):
             return samples, failed
+
+
+def warm_up(rivals: dict[str, Function], device: torch.device) -> dict[str, float]:
+    """Seconds of a call of each at best, in rounds that go on until two in a row took no new memory from the system.
+
+    Memory new to the process costs several writes, and a heap that rivals share grows for some rounds before each finds
+    its blocks again.
+    """
+    once, settled = dict.fromkeys(rivals, math.inf), 0
+    for _ in range(MAX_WARM_UP):
+        before = new_memory()
+        for name, function in rivals.items():
+            once[name] = min(once[name], seconds_of(function, 1, device))
+        settled = settled + 1 if new_memory() - before <= NEW_MEMORY else 0
+        if settled == 2:
+            break
+    return once
+
+
+def new_memory() -> int:
+    """Bytes that the system has handed to this process, page by page, so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt * resource.getpagesize()
 
 
 def reason(error: Exception) -> str:

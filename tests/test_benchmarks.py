@@ -4,6 +4,7 @@ import copy
 import importlib
 import io
 import json
+import mmap
 import re
 import subprocess
 import sys
@@ -89,9 +90,29 @@ def test_rivals_take_turns(monkeypatch):
     seen = []
     samples, failed = measure.interleaved({name: lambda n=name: seen.append(n) for name in "ab"}, CPU, 0)
     assert not failed
-    warm = 3  # calls of each before
-    assert "".join(seen) == "a" * warm + "b" * warm + "ab" * measure.MIN_ROUNDS
+    warm = 3  # rounds before
+    assert "".join(seen) == "ab" * (warm + measure.MIN_ROUNDS)
     assert [len(s) for s in samples.values()] == [measure.MIN_ROUNDS] * 2
+
+
+def test_warm_up_lasts_until_the_memory_is_there(monkeypatch):
+    taken = iter([0, 5, 5, 5, 5, 6, 6, 6, 6, 6])  # before and after a round: new memory in the first and in the third
+    monkeypatch.setattr(measure, "new_memory", lambda: next(taken) * 2**20)
+    monkeypatch.setattr(measure, "NEW_MEMORY", 0)
+    seen = []
+    measure.warm_up({name: lambda n=name: seen.append(n) for name in "ab"}, CPU)
+    assert "".join(seen) == "ab" * 5
+    always = iter(range(100))
+    monkeypatch.setattr(measure, "new_memory", lambda: next(always))
+    seen.clear()
+    measure.warm_up({"a": lambda: seen.append("a")}, CPU)
+    assert len(seen) == measure.MAX_WARM_UP
+
+
+def test_new_memory_is_seen():
+    before = measure.new_memory()
+    mmap.mmap(-1, 2**24).write(b"1" * 2**24)
+    assert 2**24 <= measure.new_memory() - before < 2**27
 
 
 def fail():
