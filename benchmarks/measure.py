@@ -26,6 +26,8 @@ MAX_WARM_UP, NEW_MEMORY = 12, 2**20
 BEYOND_CACHES, MAX_SETS = 2**28, 64
 #: Bytes of the copies and side of the products that the limits are taken from.
 LARGE = {"cpu": (2**28, 1024), "cuda": (2**30, 4096)}
+#: The rival in every row that tells which machine it met: a copy beyond all caches.
+MACHINE = "machine"
 
 
 class Wrong(Exception):
@@ -49,12 +51,15 @@ class Row:
         labels: what sets the row apart from the question's others, by column.
         base: the rival that the others are compared with.
         prepare: builds the rivals on a device; raises :class:`Wrong`.
+        alone: whether it is measured on a CPU in a process of its own: how fast a network is hangs on where in a heap
+            its maps come to lie, which is what all before it have left of it.
     """
 
     question: str
     labels: dict[str, str | int]
     base: str
     prepare: Callable[[torch.device], Prepared]
+    alone: bool = False
 
     @property
     def name(self) -> str:
@@ -154,9 +159,8 @@ def limits(device: torch.device) -> dict[str, float]:
     """
     large, side = LARGE[device.type]
     source = torch.ones(large // 4, device=device)
-    target = torch.ones_like(source)
     left, right = torch.randn(2, side, side).to(device)
-    rivals = {"copy": lambda: target.copy_(source), "read": source.sum, "product": lambda: left @ right}
+    rivals = {"copy": large_copy(device), "read": source.sum, "product": lambda: left @ right}
     if device.type == "cpu" and hasattr(mmap, "MAP_PRIVATE"):
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         rivals["fresh copy"] = lambda: torch.frombuffer(mmap.mmap(-1, large, flags), dtype=torch.float32).copy_(source)
@@ -167,6 +171,12 @@ def limits(device: torch.device) -> dict[str, float]:
         "flops_per_s": 2 * side**3 / times["product"],
     }
     return found | ({"fresh_copy_bytes_per_s": 2 * large / times["fresh copy"]} if "fresh copy" in times else {})
+
+
+@functools.lru_cache(1)
+def large_copy(device: torch.device) -> Function:
+    source = torch.ones(LARGE[device.type][0] // 4, device=device)
+    return functools.partial(torch.ones_like(source).copy_, source)
 
 
 def read_and_copy(nbytes: int, device: torch.device) -> dict[str, Function]:

@@ -1,5 +1,13 @@
 """What is read off a measured row."""
 
+from collections.abc import Sequence
+from statistics import median
+
+from dla.benchmarks.measure import MACHINE
+
+#: How much faster or slower another machine copies memory.
+ANOTHER = 0.15
+
 
 def p50(row: dict, rival: str) -> float | None:
     return row["seconds"][rival]["p50"] if rival in row["seconds"] else None
@@ -52,3 +60,10 @@ def reached(row: dict) -> float:
 def met(row: dict) -> bool:
     facts = row["facts"]
     return reached(row) <= facts["asked"] if facts["is_most"] else reached(row) >= facts["asked"]
+
+
+def elsewhere(row: dict, rows: Sequence[dict]) -> float:
+    """How much more time than in most rows a copy took on the machine that this row met, 0 where none was measured."""
+    copies = [time for r in rows if "error" not in r and (time := p50(r, MACHINE))]
+    own = None if "error" in row else p50(row, MACHINE)
+    return own / median(copies) - 1 if own else 0.0

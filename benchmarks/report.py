@@ -9,7 +9,8 @@ from rich import box
 from rich.table import Table
 
 from dla.benchmarks import pictures
-from dla.benchmarks.readings import met, moved, of_copy, of_limit, ours, p50, ratio, reached
+from dla.benchmarks.measure import MACHINE
+from dla.benchmarks.readings import ANOTHER, elsewhere, met, moved, of_copy, of_limit, ours, p50, ratio, reached
 from dla.benchmarks.run import load
 
 #: A table: what all its lines have in common, headers, and lines of as many cells.
@@ -179,6 +180,8 @@ def notes(results: dict) -> list[str]:
     lines = [f"{sum(held)} of {len(held)} goals (at least, at most) are met."] if held else []
     if disturbed := sum(_spread(row) > DISTURBED for row in rows):
         lines.append(f"{disturbed} of {len(rows)} rows spread by more than {DISTURBED:.0%}: the machine was busy.")
+    if other := sum(abs(elsewhere(row, rows)) > ANOTHER for row in rows):
+        lines.append(f"{other} of {len(rows)} rows met a machine that copied over {ANOTHER:.0%} faster or slower.")
     failed = {(name, why) for row in rows for name, why in row.get("failed", {}).items()}
     return lines + [f"{name} failed: {why}" for name, why in sorted(failed)]
 
@@ -232,13 +235,19 @@ def write(results: dict, folder: Path) -> list[Path]:
 
 
 class Change(NamedTuple):
-    """What differs between two runs in one row."""
+    """What differs between two runs in one row.
+
+    Attributes:
+        copies: how much more time a copy took, where the row met another machine: then a time says nothing of ours.
+        worse: whether it is ours that got worse.
+    """
 
     name: str
     what: str
     before: str
     after: str
     change: str
+    copies: str
     worse: bool
 
 
@@ -257,13 +266,16 @@ def compare(before: dict, after: dict, threshold: float) -> tuple[list[Change], 
         if "error" in was or "error" in now:
             if was.get("error") != now.get("error"):
                 words = [row.get("error", "measured") for row in (was, now)]
-                changes.append(Change(now["name"], "result", *words, "", "error" in now))
+                changes.append(Change(now["name"], "result", *words, "", "", "error" in now))
             continue
+        took = [p50(row, MACHINE) for row in (was, now)]
+        slower = took[1] / took[0] - 1 if all(took) else 0
+        another = f"{slower:+.0%}" if abs(slower) > ANOTHER else ""
         counted = {k: (was["facts"][k], now["facts"][k]) for k in now["facts"] if _counted(k) and k in was["facts"]}
         for what, (a, b) in {f"time over {now['base']}'s": (ratio(was), ratio(now)), **counted}.items():
             if abs(b - a) > threshold * a:
-                change = f"{b / a - 1:+.0%}" if a else ""
-                changes.append(Change(now["name"], what, f"{a:.3g}", f"{b:.3g}", change, b > a))
+                change, copies = f"{b / a - 1:+.0%}" if a else "", "" if what in counted else another
+                changes.append(Change(now["name"], what, f"{a:.3g}", f"{b:.3g}", change, copies, b > a and not copies))
     return changes, len(rows)
 
 

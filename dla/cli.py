@@ -388,7 +388,7 @@ def bench(
             session.measure(
                 rows,
                 run.FULL_BUDGET_S if full else run.BUDGET_S,
-                lambda row: progress.update(task, advance=1, description=row.name),
+                lambda done, name: progress.update(task, completed=1 + done, description=name),
             )
     except KeyboardInterrupt:
         measured = f"{session.path} keeps what was measured, --resume goes on"
@@ -417,11 +417,16 @@ def _compare(before: Path, after: Path, threshold: float) -> int:
     for name, results in zip(("before", "after"), runs, strict=True):
         console.print(f"{name}: {report.limits_line(results)}", markup=False, highlight=False)
     if changes:
-        table = Table("", "", "before", "after", "change", title=f"What changed by more than {threshold:.0%}")
-        for change in sorted(changes, key=lambda c: not c.worse):
-            table.add_row(*change[:-1], style="red" if change.worse else "green")
+        table = Table("", "", "before", "after", "change", "copies", title=f"What changed by more than {threshold:.0%}")
+        for change in sorted(changes, key=lambda c: (bool(c.copies), not c.worse)):
+            table.add_row(*change[:-1], style="red" if change.worse else "dim" if change.copies else "green")
         Console().print(table)
     typer.echo(f"{common - len({c.name for c in changes})} of {common} rows within {threshold:.0%}")
+    if elsewhere := len({c.name for c in changes if c.copies}):
+        typer.echo(
+            f"{elsewhere} of the others met another machine: copies of memory, measured beside each row, took so much "
+            f"more or less time"
+        )
     for name, one, other in zip(("before", "after"), runs, reversed(runs), strict=True):
         if alone := len({r["name"] for r in one["rows"]} - {r["name"] for r in other["rows"]}):
             typer.echo(f"{alone} rows {name} only")

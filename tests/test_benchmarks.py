@@ -1,13 +1,16 @@
 """The benchmarks' own machinery: what is measured in which order, kept, resumed, compared, drawn and quoted."""
 
 import copy
+import functools
 import importlib
 import io
 import json
 import mmap
+import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,6 +75,7 @@ def results(tmp_path_factory):
         patch.setitem(models.MODELS["cpu"], "resnet20_dla_l", (2, 32))
         patch.setattr(floors, "SIZES", {"cpu": SMALL_FLOORS})
         patch.setattr(measure, "MIN_ROUNDS", 2)
+        patch.setattr(measure, "SAMPLE_S", 1e-3)
         patch.setattr(torch, "compile", lambda f: f)
         session = run.Run(tmp_path_factory.mktemp("run") / "bench.json", CPU)
         session.measure(run.rows_of([], CPU), 0)
@@ -179,6 +183,64 @@ def test_run_keeps_every_row_and_goes_on(tmp_path):
     run.Run(path, CPU, resume=True).measure(rows, 0)
     assert prepared == ["first", "stop", "stop", "last"]
     assert [r["labels"]["stage"] for r in json.loads(path.read_text())["rows"]] == ["first", "stop", "last"]
+
+
+def test_rows_that_met_another_machine_are_measured_again(tmp_path, monkeypatch):
+    """Once, the farthest first; of both results the one of the more usual machine stays, in its place."""
+    copies = {"usual": [10], "near": [11], "fast": [6, 10], "slow": [14, 15], "gone": [20, None], "twin": [10]}
+    prepared, heard = [], []
+
+    def prepare(name):
+        def inner(device):
+            prepared.append(name)
+            return sleepers(device)
+
+        return inner
+
+    def one(row, device, budget_s):
+        row.prepare(device)
+        name = row.labels["stage"]
+        copy_s, found = copies[name].pop(0), run._found(row)
+        if copy_s is None:
+            return found | {"error": "no memory"}
+        took = {"fused": 1, "plain": 1, measure.MACHINE: copy_s}
+        times = {rival: measure.percentiles([seconds]) for rival, seconds in took.items()}
+        return found | {"seconds": times, "over_ours": {"fused": 1, "plain": 1}, "facts": {}}
+
+    monkeypatch.setattr(run, "one", one)
+    monkeypatch.setattr(run, "AGAIN", 1e9)
+    rows = [make_row(name, prepare(name)) for name in copies]
+    run.Run(tmp_path / "bench.json", CPU).measure(rows, 0, lambda *row: heard.append(row))
+    kept = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert prepared == [*copies, "gone", "fast", "slow"]
+    assert [row["labels"]["stage"] for row in kept] == list(copies)
+    assert [row["seconds"][measure.MACHINE]["p50"] for row in kept] == [10, 11, 10, 14, 20, 10]
+    assert [done for done, _ in heard] == [0, 1, 2, 3, 4, 5, 6, 6, 6]
+    assert heard[-1][1] == "again: " + rows[3].name
+    monkeypatch.setattr(run, "AGAIN", 0)
+    copies.update(usual=[10], near=[11], fast=[6], slow=[14], gone=[20], twin=[10])
+    session = run.Run(tmp_path / "short.json", CPU)
+    session.measure(rows, 0)  # no time for it
+    assert "3 of 6 rows met a machine that copied over 15% faster or slower." in report.notes(session.results)
+
+
+class Ends:
+    """What ends the process that it is sent to."""
+
+    def __reduce__(self):
+        return os._exit, (7,)
+
+
+def test_row_alone_has_a_process_of_its_own(tmp_path, monkeypatch):
+    rows = run.rows_of(["models"], CPU)
+    assert all(row.alone for row in rows)
+    small = functools.partial(models.prepare, "resnet20_dla_l", 2, 32, "inference", False, False)
+    monkeypatch.setattr(models, "build", fail)  # here alone
+    session = run.Run(tmp_path / "bench.json", CPU)
+    session.measure([replace(row, prepare=what) for row, what in zip(rows, (small, Ends()), strict=False)], 0)
+    measured, ended = session.results["rows"]
+    assert measured["seconds"]["fused"]["p50"] > 1e-4
+    assert ended["error"] == "its process ended with exit code 7"
 
 
 def test_a_new_run_keeps_the_one_before(tmp_path):
@@ -430,6 +492,25 @@ def test_compare(results, tmp_path, monkeypatch):
     missing = compare(tmp_path / "none.json")
     assert missing.exit_code == 2
     assert "holds no results of `dla bench`" in missing.output
+
+
+def test_compare_knows_another_machine(results):
+    """Where a copy beside the row took longer too, a slower row is no reproach; bytes that are counted still are."""
+    before = copy.deepcopy(results)
+    for row in before["rows"]:
+        row["seconds"][measure.MACHINE]["p50"] = 1.0
+    for copy_s, copies in ((1.1, ""), (1.3, "+30%"), (0.8, "-20%")):
+        after = changed(before, 2)
+        depth_row = next(r for r in after["rows"] if r["question"] == "depth")
+        depth_row["facts"]["saved, fused"] *= 2
+        for row in after["rows"]:
+            row["seconds"][measure.MACHINE]["p50"] = copy_s
+        timed, counted = report.compare(before, after, 0.1)[0]
+        assert (timed.what, timed.copies, timed.worse) == ("time over plain's", copies, not copies)
+        assert (counted.what, counted.copies, counted.worse) == ("saved, fused", "", True)
+        for row in after["rows"]:
+            del row["seconds"][measure.MACHINE]  # of a run from before it was measured
+        assert report.compare(before, after, 0.1)[0][0].worse
 
 
 @pytest.mark.parametrize(
