@@ -19,7 +19,7 @@ Function = Callable[[], object]
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
 #: A sample is as many calls as take this long: little in it is what the rival before left in the caches, or a moment's
 #: other work on the machine.
-SAMPLE_S = 5e-2
+SAMPLE_S = 4e-2
 #: Rounds of a warm-up, and bytes of new memory that a settled one takes at most.
 MAX_WARM_UP, NEW_MEMORY = 12, 2**20
 #: The calls of an op go round sets of arguments of so many bytes together, more than caches hold, but at most so many.

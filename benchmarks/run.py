@@ -32,9 +32,9 @@ QUESTIONS = {
     "floors": floors.rows,
 }
 #: Seconds for the rounds of a row, in a short run and in a full one.
-BUDGET_S, FULL_BUDGET_S = 1.2, 5.0
+BUDGET_S, FULL_BUDGET_S = 1.0, 5.0
 #: The share of a run's time in which rows that met another machine than most may be measured again.
-AGAIN = 0.25
+AGAIN = 0.15
 
 
 def rows_of(
