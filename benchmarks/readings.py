@@ -63,7 +63,7 @@ def met(row: dict) -> bool:
 
 
 def elsewhere(row: dict, rows: Sequence[dict]) -> float:
-    """How much more time than in most rows a copy took on the machine that this row met, 0 where none was measured."""
+    """How much more time than in most of the rows a copy took beside this one, 0 where none was measured."""
     copies = [time for r in rows if "error" not in r and (time := p50(r, MACHINE))]
     own = None if "error" in row else p50(row, MACHINE)
-    return own / median(copies) - 1 if own else 0.0
+    return own / median(copies) - 1 if own and copies else 0.0

@@ -9,7 +9,6 @@ from rich import box
 from rich.table import Table
 
 from dla.benchmarks import pictures
-from dla.benchmarks.measure import MACHINE
 from dla.benchmarks.readings import ANOTHER, elsewhere, met, moved, of_copy, of_limit, ours, p50, ratio, reached
 from dla.benchmarks.run import load
 
@@ -268,8 +267,7 @@ def compare(before: dict, after: dict, threshold: float) -> tuple[list[Change], 
                 words = [row.get("error", "measured") for row in (was, now)]
                 changes.append(Change(now["name"], "result", *words, "", "", "error" in now))
             continue
-        took = [p50(row, MACHINE) for row in (was, now)]
-        slower = took[1] / took[0] - 1 if all(took) else 0
+        slower = elsewhere(now, [was])
         another = f"{slower:+.0%}" if abs(slower) > ANOTHER else ""
         counted = {k: (was["facts"][k], now["facts"][k]) for k in now["facts"] if _counted(k) and k in was["facts"]}
         for what, (a, b) in {f"time over {now['base']}'s": (ratio(was), ratio(now)), **counted}.items():

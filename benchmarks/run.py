@@ -209,11 +209,11 @@ class Run:
     def one(self, row: Row, budget_s: float) -> dict:
         """What was measured, or the error that kept a row from being measured: the others do not suffer from it."""
         if not (row.alone and self.device.type == "cpu"):
-            return one(row, self.device, budget_s)
+            return measured(row, self.device, budget_s)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch"])  # no more: there, this folder comes before the installed packages
         here, there = context.Pipe(duplex=False)
-        process = context.Process(target=_one, args=(there, row, self.device, budget_s, self.kept_memory))
+        process = context.Process(target=_send_measured, args=(there, row, self.device, budget_s, self.kept_memory))
         process.start()
         there.close()
         try:
@@ -231,7 +231,7 @@ class Run:
         os.replace(whole, self.path)
 
 
-def one(row: Row, device: torch.device, budget_s: float) -> dict:
+def measured(row: Row, device: torch.device, budget_s: float) -> dict:
     """A row's results, see :meth:`Run.one`."""
     found = _found(row)
     try:
@@ -253,8 +253,8 @@ def _found(row: Row) -> dict:
     return {"question": row.question, "name": row.name, "labels": row.labels, "base": row.base}
 
 
-def _one(to: Connection, row: Row, device: torch.device, budget_s: float, kept_memory: bool) -> None:
+def _send_measured(to: Connection, row: Row, device: torch.device, budget_s: float, kept_memory: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run's own process hears it and ends this one
     if kept_memory:
         keep_memory()
-    to.send(one(row, device, budget_s))
+    to.send(measured(row, device, budget_s))

@@ -197,7 +197,7 @@ def test_rows_that_met_another_machine_are_measured_again(tmp_path, monkeypatch)
 
         return inner
 
-    def one(row, device, budget_s):
+    def measured(row, device, budget_s):
         row.prepare(device)
         name = row.labels["stage"]
         copy_s, found = copies[name].pop(0), run._found(row)
@@ -207,7 +207,7 @@ def test_rows_that_met_another_machine_are_measured_again(tmp_path, monkeypatch)
         times = {rival: measure.percentiles([seconds]) for rival, seconds in took.items()}
         return found | {"seconds": times, "over_ours": {"fused": 1, "plain": 1}, "facts": {}}
 
-    monkeypatch.setattr(run, "one", one)
+    monkeypatch.setattr(run, "measured", measured)
     monkeypatch.setattr(run, "AGAIN", 1e9)
     rows = [make_row(name, prepare(name)) for name in copies]
     run.Run(tmp_path / "bench.json", CPU).measure(rows, 0, lambda *row: heard.append(row))
