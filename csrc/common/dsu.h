@@ -10,9 +10,14 @@ struct DsuStep {
     Scratch<A> reduced_h;  // [B, R], in the split form after the ReLU
     Scratch<A> gates;      // [M, 3C]: the sigmoids and the tanh
     Scratch<A> context;    // [M, C]
+    Scratch<A> from_h;     // [B, 3C], h's part of the gates in the split form
 
     explicit DsuStep(const Dsu<A>& d)
-        : reduced_y(d.M() * d.R), reduced_h(d.B * d.R), gates(d.M() * 3 * d.C), context(d.M() * d.C) {}
+        : reduced_y(d.M() * d.R),
+          reduced_h(d.B * d.R),
+          gates(d.M() * 3 * d.C),
+          context(d.M() * d.C),
+          from_h(d.joint ? 0 : d.B * 3 * d.C) {}
 };
 
 // A vector's activation takes as long as so many elements that are read and written.
@@ -48,20 +53,37 @@ inline Vec<A> activation_slope(Activation activation, Vec<A> c) {
     }
 }
 
-// y [M, C], h and c [B, C] -> the step's insides and the new context.
+// Calls body(samples) for all samples: with a part of them on each thread, from step to step without the others, where
+// there are enough and the weights fit in the cache of each; else with all at once, and body's own loops divide them.
+template <class A, class Body>
+void over_samples(const Dsu<A>& d, const Body& body) {
+    constexpr int64_t kRows = 16, kWeightBytes = 1 << 19;
+    const int64_t weights = 5 * d.C * d.R;
+    if (d.M() < kRows || weights * static_cast<int64_t>(sizeof(A)) > kWeightBytes) return body(Rows{0, d.B, d.B});
+    parallel(d.B, d.T * (weights / 8 + 2 * kActivation * d.C),
+             [&](int64_t begin, int64_t end) { body(Rows{begin, end, d.B}); });
+}
+
+// The elements of these samples in [M, C]: calls body(i, n) with the n numbers from i on.
+template <class A, class Body>
+void each_vector(const Dsu<A>& d, const Rows& samples, int64_t work, const Body& body) {
+    const int64_t first = samples.begin * d.T * d.C;
+    each_vector<A>(samples.end * d.T * d.C - first, work, [&](int64_t i, int64_t n) { body(first + i, n); });
+}
+
+// Of these samples of y [M, C], h and c [B, C]: the step's insides and the new context.
 template <class A>
-void dsu_forward(const Dsu<A>& d, const A* y, const A* h, const A* c, const DsuStep<A>& step) {
-    const int64_t B = d.B, C = d.C, M = d.M();
-    linear(B, d.R, C, h, d.reduce_h, static_cast<const A*>(nullptr), 1, !d.joint, step.reduced_h.get());
-    linear(M, d.R, C, y, d.reduce_y, d.joint ? step.reduced_h.get() : nullptr, d.T, true, step.reduced_y.get());
-    const Scratch<A> from_h(d.joint ? 0 : B * 3 * C);
-    if (!d.joint) {
-        linear(B, 3 * C, d.R, step.reduced_h.get(), d.expand_h, static_cast<const A*>(nullptr), 1, false, from_h.get());
-    }
-    linear(M, 3 * C, d.R, step.reduced_y.get(), d.expand_y, d.joint ? nullptr : from_h.get(), d.T, false,
+void dsu_forward(const Dsu<A>& d, const Rows& samples, const A* y, const A* h, const A* c, const DsuStep<A>& step) {
+    constexpr const A* kNone = nullptr;
+    const int64_t C = d.C, R = d.R;
+    const Rows rows = samples.times(d.T);
+    linear(samples, R, C, h, d.reduce_h, kNone, 1, !d.joint, step.reduced_h.get());
+    linear(rows, R, C, y, d.reduce_y, d.joint ? step.reduced_h.get() : kNone, d.T, true, step.reduced_y.get());
+    if (!d.joint) linear(samples, 3 * C, R, step.reduced_h.get(), d.expand_h, kNone, 1, false, step.from_h.get());
+    linear(rows, 3 * C, R, step.reduced_y.get(), d.expand_y, d.joint ? kNone : step.from_h.get(), d.T, false,
            step.gates.get());
-    parallel(M, kActivation * C, [&](int64_t begin, int64_t end) {
-        for (int64_t m = begin; m < end; ++m) {
+    parallel(rows.end - rows.begin, kActivation * C, [&](int64_t begin, int64_t end) {
+        for (int64_t m = rows.begin + begin; m < rows.begin + end; ++m) {
             A* gates = &step.gates[m * 3 * C];
             for (int64_t j = 0; j < C; j += kLanes<A>) {
                 const int64_t n = C - j;

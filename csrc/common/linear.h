@@ -10,29 +10,36 @@ void each_vector(int64_t size, int64_t work, const Body& body) {
     });
 }
 
+// Rows [begin, end) of so many, `all`, on which alone depends how each is summed.
+struct Rows {
+    int64_t begin, end, all;
+
+    Rows times(int64_t n) const { return {n * begin, n * end, n * all}; }
+};
+
 // The form of linear() for few rows: dot products, which read a filter where it lies.
 template <class A>
-void linear_of_few_rows(int64_t M, int64_t N, int64_t K, const A* x, const Linear<A>& layer, const A* base,
+void linear_of_few_rows(const Rows& of, int64_t N, int64_t K, const A* x, const Linear<A>& layer, const A* base,
                         int64_t rows_per_base, bool relu, A* out) {
-    // The sums, a column's filters and one row fill the registers: 32 of 64 bytes, else 16.
-    constexpr int L = kLanes<A>, kRows = 4, kColumns = DLA_VECTOR_BYTES == 64 ? 4 : 3;
-    const int64_t tiles = ceil_div(M, kRows), whole = K / L * L;
-    parallel(tiles * ceil_div(N, kColumns), kRows * kColumns * K / 8, [&](int64_t begin, int64_t end) {
+    // The sums, a vector of each row and one of a filter fill the registers: 32 of 64 bytes, else 16.
+    constexpr int L = kLanes<A>, kRows = DLA_VECTOR_BYTES == 64 ? 4 : 3, kSome = L < 4 ? L : 4;
+    const int64_t tiles = ceil_div(of.end - of.begin, kRows), whole = K / L * L;
+    parallel(tiles * ceil_div(N, 4), kRows * 4 * K / 8, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
             // All rows under a few filters, which stay in the cache, before the next ones.
-            const int64_t m0 = task % tiles * kRows, n0 = task / tiles * kColumns;
+            const int64_t m0 = of.begin + task % tiles * kRows, n0 = task / tiles * 4;
             // Beyond the edge the last row or column is computed again, and not stored.
-            const A *rows[kRows], *filters[kColumns];
-            for (int i = 0; i < kRows; ++i) rows[i] = x + std::min(m0 + i, M - 1) * K;
-            for (int j = 0; j < kColumns; ++j) filters[j] = layer.weight + std::min(n0 + j, N - 1) * layer.pitch;
-            Vec<A> sums[kRows][kColumns] = {};
+            const A *rows[kRows], *filters[4];
+            for (int i = 0; i < kRows; ++i) rows[i] = x + std::min(m0 + i, of.end - 1) * K;
+            for (int j = 0; j < 4; ++j) filters[j] = layer.weight + std::min(n0 + j, N - 1) * layer.pitch;
+            Vec<A> sums[kRows][4] = {};
             // Inlined, or the sums would leave the registers. Of a vector of x the first lanes may be left out.
-            const auto add = [&](int64_t k, auto n, auto left_out) __attribute__((always_inline)) {
-                Vec<A> w[kColumns];
-                for (int j = 0; j < kColumns; ++j) w[j] = load<A>(filters[j] + k, n);
-                for (int i = 0; i < kRows; ++i) {
-                    const Vec<A> v = drop_lanes<A>(load<A>(rows[i] + k, n), left_out);
-                    for (int j = 0; j < kColumns; ++j) sums[i][j] += v * w[j];
+            const auto add = [&](int64_t k, auto n, auto left_out) DLA_INLINE {
+                Vec<A> v[kRows];
+                for (int i = 0; i < kRows; ++i) v[i] = drop_lanes<A>(load<A>(rows[i] + k, n), left_out);
+                for (int j = 0; j < 4; ++j) {
+                    const Vec<A> w = load<A>(filters[j] + k, n);
+                    for (int i = 0; i < kRows; ++i) sums[i][j] += v[i] * w;
                 }
             };
             constexpr std::integral_constant<int64_t, L> kFull;
@@ -43,29 +50,37 @@ void linear_of_few_rows(int64_t M, int64_t N, int64_t K, const A* x, const Linea
             } else if (whole < K) {
                 add(K - L, kFull, L - (K - whole));  // the last vector, but for what the one before had of it
             }
-            // Constant bounds: the sums then stay in registers.
+            // Unrolled: the sums then stay in registers.
+#pragma GCC unroll 4
             for (int i = 0; i < kRows; ++i) {
-                for (int j = 0; j < kColumns; ++j) {
-                    const int64_t m = m0 + i, n = n0 + j;
-                    if (m >= M || n >= N) continue;
-                    A value = sum<A, L>(sums[i][j]);
-                    if (layer.bias) value += layer.bias[n];
-                    if (base) value += base[m / rows_per_base * N + n];
-                    out[m * N + n] = relu && value <= A(0) ? A(0) : value;
+                const int64_t m = m0 + i;
+                if (m >= of.end) break;
+                A found[4];
+                sum_each<A>(sums[i][0], sums[i][1], sums[i][2], sums[i][3], found);
+                for (int j = 0; j < 4; j += kSome) {
+                    const int64_t at = n0 + j, n = N - at;
+                    if (n <= 0) break;
+                    auto value = load<A, kSome>(found + j);
+                    if (layer.bias) value += load<A, kSome>(layer.bias + at, n);
+                    if (base) value += load<A, kSome>(base + m / rows_per_base * N + at, n);
+                    if (relu) value = value <= 0 ? decltype(value){} : value;
+                    store<A, kSome>(out + m * N + at, value, n);
                 }
             }
         }
     });
 }
 
-// That for many rows, which pay for turning the filters: no sum is spread over the lanes of a vector.
+// So many rows pay for turning the filters.
+constexpr int64_t kManyRows = 96;
+
+// That for many rows: no sum is spread over the lanes of a vector.
 template <class A>
-void linear_of_many_rows(int64_t M, int64_t N, int64_t K, const A* x, const Linear<A>& layer, const A* base,
+void linear_of_many_rows(const Rows& of, int64_t N, int64_t K, const A* x, const Linear<A>& layer, const A* base,
                          int64_t rows_per_base, bool relu, A* out) {
     // The sums, two vectors of filters and a number fill 16 registers.
     constexpr int L = kLanes<A>, kRows = 6, kColumns = 2 * L;
-    constexpr int64_t kManyRows = 16 * kRows;
-    const int64_t parts = ceil_div(M, kManyRows);
+    const int64_t parts = ceil_div(of.end - of.begin, kManyRows);
     parallel(parts * ceil_div(N, kColumns), kManyRows * kColumns * K / 8, [&](int64_t begin, int64_t end) {
         const Scratch<A> filters(K * kColumns, A(0));  // [K, kColumns]
         for (int64_t task = begin; task < end; ++task) {
@@ -76,10 +91,10 @@ void linear_of_many_rows(int64_t M, int64_t N, int64_t K, const A* x, const Line
                     for (int64_t k = 0; k < K; ++k) filters[k * kColumns + j] = filter[k];
                 }
             }
-            const int64_t first = task % parts * kManyRows, last = std::min(M, first + kManyRows);
+            const int64_t first = of.begin + task % parts * kManyRows, last = std::min(of.end, first + kManyRows);
             for (int64_t m0 = first; m0 < last; m0 += kRows) {
                 const A* rows[kRows];  // beyond the edge the last one is computed again, and not stored
-                for (int i = 0; i < kRows; ++i) rows[i] = x + std::min(m0 + i, M - 1) * K;
+                for (int i = 0; i < kRows; ++i) rows[i] = x + std::min(m0 + i, last - 1) * K;
                 Vec<A> sums[kRows][2] = {};
                 for (int64_t k = 0; k < K; ++k) {
                     const Vec<A> w0 = load<A>(&filters[k * kColumns]), w1 = load<A>(&filters[k * kColumns + L]);
@@ -106,11 +121,12 @@ void linear_of_many_rows(int64_t M, int64_t N, int64_t K, const A* x, const Line
     });
 }
 
-// out [M, N] = x [M, K] W^T + bias, plus base [M / rows_per_base, N] where given; W [N, K].
+// These rows of out [M, N] = x [M, K] W^T + bias, plus base [M / rows_per_base, N] where given; W [N, K].
 template <class A>
-void linear(int64_t M, int64_t N, int64_t K, const A* x, const Linear<A>& layer, const A* base, int64_t rows_per_base,
-            bool relu, A* out) {
-    (M < 32 ? linear_of_few_rows<A> : linear_of_many_rows<A>)(M, N, K, x, layer, base, rows_per_base, relu, out);
+void linear(const Rows& of, int64_t N, int64_t K, const A* x, const Linear<A>& layer, const A* base,
+            int64_t rows_per_base, bool relu, A* out) {
+    (of.all < kManyRows ? linear_of_few_rows<A> : linear_of_many_rows<A>)(of, N, K, x, layer, base, rows_per_base, relu,
+                                                                          out);
 }
 
 // out [M, N] = a B, where a(m, k) = a[m * row + k * column], B [K, N] and out have rows `pitch` apart.

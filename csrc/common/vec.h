@@ -290,20 +290,26 @@ inline Vec<A, N> as_kept(Vec<A, N> v) {
     }
 }
 
-template <class V, int kFrom, int... I>
-inline V concat_lanes(V a, V b, std::integer_sequence<int, I...>) {
+// These lanes of a and, counted on, of b.
+template <int... I, class V>
+inline V lanes_of(V a, V b) {
 #ifdef __clang__
-    return __builtin_shufflevector(a, b, (I + kFrom)...);
+    return __builtin_shufflevector(a, b, I...);
 #else
     using Lane = std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>;
-    return __builtin_shuffle(a, b, Vec<Lane, sizeof...(I)>{(I + kFrom)...});
+    return __builtin_shuffle(a, b, Vec<Lane, sizeof...(I)>{I...});
 #endif
+}
+
+template <int kFrom, class V, int... I>
+inline V concat_lanes(V a, V b, std::integer_sequence<int, I...>) {
+    return lanes_of<I + kFrom...>(a, b);
 }
 
 // The lanes of a from kFrom on, then the first ones of b.
 template <class A, int N, int kFrom>
 inline Vec<A, N> concat(Vec<A, N> a, Vec<A, N> b) {
-    return concat_lanes<Vec<A, N>, kFrom>(a, b, std::make_integer_sequence<int, N>{});
+    return concat_lanes<kFrom>(a, b, std::make_integer_sequence<int, N>{});
 }
 
 template <class A, int N = kLanes<A>>
@@ -314,6 +320,36 @@ inline A sum(Vec<A, N> v) {
         Vec<A, N / 2> halves[2];
         std::memcpy(halves, &v, sizeof(v));
         return sum<A, N / 2>(halves[0] + halves[1]);
+    }
+}
+
+// In every four lanes a0 + a1, b0 + b1, a2 + a3, b2 + b3.
+template <class V, int... I>
+inline V add_neighbours(V a, V b, std::integer_sequence<int, I...>) {
+    constexpr int N = sizeof...(I);
+    return lanes_of<I / 2 * 2 + I % 2 * N...>(a, b) + lanes_of<I / 2 * 2 + I % 2 * N + 1 ...>(a, b);
+}
+
+// In every four lanes a0 + a2, a1 + a3, b0 + b2, b1 + b3.
+template <class V, int... I>
+inline V add_pairs(V a, V b, std::integer_sequence<int, I...>) {
+    constexpr int N = sizeof...(I);
+    return lanes_of<I / 4 * 4 + I % 2 + I % 4 / 2 * N...>(a, b) +
+           lanes_of<I / 4 * 4 + I % 2 + I % 4 / 2 * N + 2 ...>(a, b);
+}
+
+// to [4] = the sum of each of four vectors.
+template <class A, int N = kLanes<A>>
+inline void sum_each(Vec<A, N> a, Vec<A, N> b, Vec<A, N> c, Vec<A, N> d, A* to) {
+    if constexpr (N < 4) {
+        to[0] = sum<A, N>(a), to[1] = sum<A, N>(b), to[2] = sum<A, N>(c), to[3] = sum<A, N>(d);
+    } else {
+        constexpr std::make_integer_sequence<int, N> kAll;
+        const auto fours = add_pairs(add_neighbours(a, b, kAll), add_neighbours(c, d, kAll), kAll);
+        Vec<A, 4> total = {}, parts[N / 4];
+        std::memcpy(parts, &fours, sizeof(fours));
+        for (int i = 0; i < N / 4; ++i) total += parts[i];
+        store<A, 4>(to, total);
     }
 }
 

@@ -35,11 +35,10 @@ void pool_rows(const Shape& s, const Map<const T>& x, Acc<T>* y) {
     for (int64_t i = 0; i < s.B * s.C; ++i) y[i] /= A(s.HW());
 }
 
-// A step's new context and hidden state, [B, C]; either may be null.
+// A step's new context and hidden state of these samples, [B, C]; either may be null.
 template <class A>
-void read_state(const Dsu<A>& dsu, const DsuStep<A>& step, A* h, A* c) {
-    const int64_t size = dsu.M() * dsu.C;
-    each_vector<A>(size, kActivation, [&](int64_t i, int64_t n) {
+void read_state(const Dsu<A>& dsu, const Rows& samples, const DsuStep<A>& step, A* h, A* c) {
+    each_vector(dsu, samples, kActivation, [&](int64_t i, int64_t n) {
         const Vec<A> context = load<A>(&step.context[i], n);
         if (c) store<A>(c + i, context, n);
         if (h) store<A>(h + i, activate<A>(dsu.activation, context), n);
@@ -49,11 +48,13 @@ void read_state(const Dsu<A>& dsu, const DsuStep<A>& step, A* h, A* c) {
 template <class A>
 void forward(const GapDsuForward<A>& a) {
     const DsuStep<A> step(a.dsu);
-    dsu_forward(a.dsu, a.y, a.h, a.c, step);
-    read_state(a.dsu, step, a.new_h, a.new_c);
-    if (!a.carried) return;
-    dsu_forward(a.dsu, a.carried, a.new_h, a.new_c, step);
-    read_state(a.dsu, step, a.of_context ? nullptr : a.gate, a.of_context ? a.gate : nullptr);
+    over_samples(a.dsu, [&](const Rows& samples) {
+        dsu_forward(a.dsu, samples, a.y, a.h, a.c, step);
+        read_state(a.dsu, samples, step, a.new_h, a.new_c);
+        if (!a.carried) return;
+        dsu_forward(a.dsu, samples, a.carried, a.new_h, a.new_c, step);
+        read_state(a.dsu, samples, step, a.of_context ? nullptr : a.gate, a.of_context ? a.gate : nullptr);
+    });
 }
 
 // The gradient of a step's context, [B, C], from those of its hidden state and of itself; either may be null.
@@ -76,20 +77,22 @@ void add(const A* more, int64_t size, A* to) {
 
 template <class A>
 void backward(const GapDsuBackward<A>& a) {
-    const DsuStep<A> step(a.dsu);
+    const DsuStep<A> step(a.dsu), gating(a.dsu);
     const int64_t size = a.dsu.M() * a.dsu.C;
-    dsu_forward(a.dsu, a.y, a.h, a.c, step);
-    const Scratch<A> grad_context(size);
+    const Scratch<A> grad_context(size), new_h(size), new_c(size);
+    over_samples(a.dsu, [&](const Rows& samples) {
+        dsu_forward(a.dsu, samples, a.y, a.h, a.c, step);
+        if (!a.carried) return;
+        read_state(a.dsu, samples, step, new_h.get(), new_c.get());
+        dsu_forward(a.dsu, samples, a.carried, new_h.get(), new_c.get(), gating);
+    });
     if (!a.carried) {
         context_gradient(a.dsu, step, a.grad_new_h, a.grad_new_c, grad_context.get());
         dsu_backward(a.dsu, a.y, a.h, a.c, step, grad_context.get(), a.grads, a.grad_y, a.grad_h, a.grad_c);
         return add(a.grad_of_y, size, a.grad_y);
     }
     // First back through the carry's step, which adds to the gradients of the new state and of the weights.
-    const Scratch<A> new_h(size), new_c(size), grad_new_h(size), grad_new_c(size), first_weights(a.size);
-    read_state(a.dsu, step, new_h.get(), new_c.get());
-    const DsuStep<A> gating(a.dsu);
-    dsu_forward(a.dsu, a.carried, new_h.get(), new_c.get(), gating);
+    const Scratch<A> grad_new_h(size), grad_new_c(size), first_weights(a.size);
     context_gradient(a.dsu, gating, a.of_context ? nullptr : a.grad_gate, a.of_context ? a.grad_gate : nullptr,
                      grad_context.get());
     dsu_backward(a.dsu, a.carried, new_h.get(), new_c.get(), gating, grad_context.get(), a.grads, a.grad_carried,

@@ -1,15 +1,13 @@
 // refresh_gates on the CPU; compiled once for every instruction set.
 #include "common/dsu.h"
 
-// The prior layers' features as they are now: features * gates.
+// One step of these samples' prior layers, from their features as they are now, y = features * gates.
 template <class A>
-Scratch<A> gated_features(const RefreshGates<A>& a) {
-    const int64_t size = a.dsu.M() * a.dsu.C;
-    Scratch<A> y(size);
-    each_vector<A>(size, 1, [&](int64_t i, int64_t n) {
-        store<A>(&y[i], load<A>(a.features + i, n) * load<A>(a.gates + i, n), n);
+void refresh(const RefreshGates<A>& a, const Rows& samples, A* y, const DsuStep<A>& step) {
+    each_vector(a.dsu, samples, 1, [&](int64_t i, int64_t n) {
+        store<A>(y + i, load<A>(a.features + i, n) * load<A>(a.gates + i, n), n);
     });
-    return y;
+    dsu_forward(a.dsu, samples, y, a.h, a.c, step);
 }
 
 // What gates a layer: the new context, or the new hidden state.
@@ -20,11 +18,13 @@ inline Vec<A> new_gate(const RefreshGates<A>& a, Vec<A> context) {
 
 template <class A>
 void forward(const RefreshGatesForward<A>& a) {
-    const int64_t size = a.dsu.M() * a.dsu.C;
     const DsuStep<A> step(a.dsu);
-    dsu_forward(a.dsu, gated_features(a).get(), a.h, a.c, step);
-    each_vector<A>(size, kActivation, [&](int64_t i, int64_t n) {
-        store<A>(a.out + i, load<A>(a.gates + i, n) * new_gate(a, load<A>(&step.context[i], n)), n);
+    const Scratch<A> y(a.dsu.M() * a.dsu.C);
+    over_samples(a.dsu, [&](const Rows& samples) {
+        refresh(a, samples, y.get(), step);
+        each_vector(a.dsu, samples, kActivation, [&](int64_t i, int64_t n) {
+            store<A>(a.out + i, load<A>(a.gates + i, n) * new_gate(a, load<A>(&step.context[i], n)), n);
+        });
     });
 }
 
@@ -32,13 +32,15 @@ template <class A>
 void backward(const RefreshGatesBackward<A>& a) {
     const int64_t size = a.dsu.M() * a.dsu.C;
     const DsuStep<A> step(a.dsu);
-    const Scratch<A> y = gated_features(a), grad_context(size), grad_y(size);
-    dsu_forward(a.dsu, y.get(), a.h, a.c, step);
-    each_vector<A>(size, kActivation, [&](int64_t i, int64_t n) {
-        const Vec<A> context = load<A>(&step.context[i], n);
-        Vec<A> grad = load<A>(a.grad + i, n) * load<A>(a.gates + i, n);
-        if (!a.of_context) grad *= activation_slope<A>(a.dsu.activation, context);
-        store<A>(&grad_context[i], grad, n);
+    const Scratch<A> y(size), grad_context(size), grad_y(size);
+    over_samples(a.dsu, [&](const Rows& samples) {
+        refresh(a, samples, y.get(), step);
+        each_vector(a.dsu, samples, kActivation, [&](int64_t i, int64_t n) {
+            const Vec<A> context = load<A>(&step.context[i], n);
+            Vec<A> grad = load<A>(a.grad + i, n) * load<A>(a.gates + i, n);
+            if (!a.of_context) grad *= activation_slope<A>(a.dsu.activation, context);
+            store<A>(&grad_context[i], grad, n);
+        });
     });
     dsu_backward(a.dsu, y.get(), a.h, a.c, step, grad_context.get(), a.grads, grad_y.get(), a.grad_h, a.grad_c);
     each_vector<A>(size, kActivation, [&](int64_t i, int64_t n) {
