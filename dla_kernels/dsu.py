@@ -1,5 +1,6 @@
 """The weights of the Dynamic Sharing Unit, packed into one tensor."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,3 +31,9 @@ class DsuWeights(NamedTuple):
         """The single weights, as views."""
         sizes = [torch.Size(s).numel() for s in self.shapes()]
         return tuple(w.view(s) for w, s in zip(self.packed.split(sizes), self.shapes(), strict=True))
+
+
+def packed(weights: Sequence[Tensor]) -> DsuWeights:
+    """The joint form's three tensors or the split form's eight, which must fit each other, in one."""
+    everything = torch.cat([w.flatten() for w in weights])
+    return DsuWeights(everything, len(weights) == 3, weights[-1].numel() // 3, weights[0].shape[0])

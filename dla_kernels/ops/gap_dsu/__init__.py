@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from dla_kernels.backend import choose
 from dla_kernels.checks import GATES, Checker, remembered
 from dla_kernels.common import ACTIVATIONS, in_dtype
-from dla_kernels.dsu import DsuWeights
+from dla_kernels.dsu import DsuWeights, packed
 from dla_kernels.ops.gap_dsu import reference
 from dla_kernels.ops.gap_dsu.function import GapDsu
 
@@ -22,9 +21,8 @@ def pack_dsu(weights: Sequence[Tensor]) -> DsuWeights:
     Raises:
         ValueError: another number of weights, or shapes that do not fit each other.
     """
-    check = Checker("pack_dsu")
-    check.dsu_weights(weights)
-    return DsuWeights(torch.cat([w.flatten() for w in weights]), len(weights) == 3, check.dims["C"], check.dims["R"])
+    Checker("pack_dsu").dsu_weights(weights)
+    return packed(weights)
 
 
 @remembered
@@ -90,7 +88,7 @@ def gap_dsu(
     chosen = choose(x.device, backend, "gap_dsu")
     if chosen == "reference":
         return reference.gap_dsu(x, h, c, weights, activation, carried, gate)
-    weights = weights if isinstance(weights, DsuWeights) else pack_dsu(weights)
+    weights = weights if isinstance(weights, DsuWeights) else packed(weights)
     sigma = tuple(ACTIVATIONS).index(activation)
     y, h, c, d = GapDsu.call(
         x, h, c, carried, in_dtype(weights.packed, h.dtype), weights.joint, sigma, gate == "context", chosen

@@ -7,8 +7,7 @@ from torch import Tensor
 from dla_kernels.backend import choose
 from dla_kernels.checks import GATES, Checker, remembered
 from dla_kernels.common import ACTIVATIONS, in_dtype
-from dla_kernels.dsu import DsuWeights
-from dla_kernels.ops.gap_dsu import pack_dsu
+from dla_kernels.dsu import DsuWeights, packed
 from dla_kernels.ops.refresh_gates import reference
 from dla_kernels.ops.refresh_gates.function import RefreshGates
 
@@ -64,7 +63,7 @@ def refresh_gates(
     chosen = choose(features.device, backend, "refresh_gates")
     if chosen == "reference":
         return reference.refresh_gates(features, gates, h, c, weights, activation, gate)
-    weights = weights if isinstance(weights, DsuWeights) else pack_dsu(weights)
+    weights = weights if isinstance(weights, DsuWeights) else packed(weights)
     sigma = tuple(ACTIVATIONS).index(activation)
     return RefreshGates.call(
         features, gates, h, c, in_dtype(weights.packed, h.dtype), weights.joint, sigma, gate == "context", chosen
