@@ -180,9 +180,10 @@ def large_copy(device: torch.device) -> Function:
 
 
 def read_and_copy(nbytes: int, device: torch.device) -> dict[str, Function]:
-    """What any op on maps of this size can at best do: sum a map, and copy one into a new tensor."""
-    sources = [torch.ones(max(1, nbytes // 4), device=device) for _ in range(sets_of(2 * nbytes))]
-    return {"read": rotating([x.sum for x in sources]), "copy": rotating([x.clone for x in sources])}
+    """What any op on maps of this size can at best do: sum a map, and copy one, from memory and to memory."""
+    sources, targets = ([torch.ones(max(1, nbytes // 4), device=device) for _ in range(sets_of(nbytes))] for _ in "rw")
+    copies = [functools.partial(target.copy_, source) for source, target in zip(sources, targets, strict=True)]
+    return {"read": rotating([x.sum for x in sources]), "copy": rotating(copies)}
 
 
 def sets_of(nbytes: int) -> int:

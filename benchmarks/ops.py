@@ -25,6 +25,7 @@ from dla.benchmarks.measure import (
 )
 from dla_kernels import BatchNorm
 from dla_kernels.backend import why_not
+from dla_kernels.dsu import DsuWeights
 
 #: Layers of the stage that stands for layer_attention and refresh_gates, and channels of a head.
 T, HEAD_DIM = 4, 32
@@ -97,8 +98,10 @@ def _reduced(c: int) -> int:
     return max(1, c // 4)
 
 
-def _dsu(vectors, c: int) -> list[Tensor]:
-    return [vectors(_reduced(c), 2 * c), vectors(3 * c, _reduced(c)), vectors(3 * c)]
+def _dsu(vectors, c: int) -> DsuWeights:
+    """Packed, as a network packs them once for all layers of a stage."""
+    dsu = dla_kernels.pack_dsu([vectors(_reduced(c), 2 * c), vectors(3 * c, _reduced(c)), vectors(3 * c)])
+    return dsu._replace(packed=dsu.packed.detach().requires_grad_(dsu.packed.requires_grad))
 
 
 def _norm(vectors, c: int, training: bool) -> Callable[[Tensor, Tensor], BatchNorm]:
@@ -107,17 +110,21 @@ def _norm(vectors, c: int, training: bool) -> Callable[[Tensor, Tensor], BatchNo
 
 
 def gap_dsu(maps, vectors, b, c, backend, training):
-    def call(x, h, state, *weights):
-        return dla_kernels.gap_dsu(x, h, state, weights, carried=h, backend=backend)
+    dsu = _dsu(vectors, c)
 
-    return call, [maps(), vectors(b, c), vectors(b, c), *_dsu(vectors, c)]
+    def call(x, h, state, packed):
+        return dla_kernels.gap_dsu(x, h, state, dsu._replace(packed=packed), carried=h, backend=backend)
+
+    return call, [maps(), vectors(b, c), vectors(b, c), dsu.packed]
 
 
 def refresh_gates(maps, vectors, b, c, backend, training):
-    def call(features, gates, h, state, *weights):
-        return (dla_kernels.refresh_gates(features, gates, h, state, weights, backend=backend),)
+    dsu = _dsu(vectors, c)
 
-    return call, [vectors(b, T, c), vectors(b, T, c), vectors(b, c), vectors(b, c), *_dsu(vectors, c)]
+    def call(features, gates, h, state, packed):
+        return (dla_kernels.refresh_gates(features, gates, h, state, dsu._replace(packed=packed), backend=backend),)
+
+    return call, [vectors(b, T, c), vectors(b, T, c), vectors(b, c), vectors(b, c), dsu.packed]
 
 
 def layer_attention(maps, vectors, b, c, backend, training, layers=T):

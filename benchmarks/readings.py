@@ -28,7 +28,7 @@ def moved(row: dict) -> int:
 
 
 def of_copy(row: dict) -> float | None:
-    """Bytes a second over those of a copy of such a map into a new tensor, in the same rounds."""
+    """Bytes a second over those of a copy of such a map, from memory to memory, in the same rounds."""
     if not moved(row):
         return None
     return moved(row) / (2 * row["facts"]["map_bytes"]) * row["over_ours"]["copy"]
