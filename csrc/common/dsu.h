@@ -60,7 +60,7 @@ void over_samples(const Dsu<A>& d, const Body& body) {
     constexpr int64_t kRows = 16, kWeightBytes = 1 << 19;
     const int64_t weights = 5 * d.C * d.R;
     if (d.M() < kRows || weights * static_cast<int64_t>(sizeof(A)) > kWeightBytes) return body(Rows{0, d.B, d.B});
-    parallel(d.B, d.T * (weights / 8 + 2 * kActivation * d.C),
+    parallel(d.B, d.T * (weights / 8 + kActivation * d.C),
              [&](int64_t begin, int64_t end) { body(Rows{begin, end, d.B}); });
 }
 
