@@ -85,22 +85,9 @@ def seconds_of(function: Function, calls: int, device: torch.device) -> float:
 def interleaved(
     rivals: dict[str, Function], device: torch.device, budget_s: float
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds a call of every rival in every round, after a warm-up, and why some could not run.
-
-    The first rival must run; one of the others that fails at its first call (``torch.compile`` where there is no
-    compiler) is left out.
-    """
-    running, failed = {}, {}
-    for name, function in rivals.items():
-        try:
-            function()
-        except Exception as error:
-            if not running:
-                raise
-            failed[name] = reason(error)
-        else:
-            running[name] = function
-    calls = {name: max(1, round(SAMPLE_S / once)) for name, once in warm_up(running, device).items()}
+    """Seconds a call of every rival in every round, after a warm-up, and why some could not run."""
+    once, failed = warm_up(rivals, device)
+    calls = {name: max(1, round(SAMPLE_S / seconds)) for name, seconds in once.items()}
     samples = {name: [] for name in calls}
     begin = time.perf_counter()
     for done in itertools.count(1):
@@ -110,21 +97,29 @@ def interleaved(
             return samples, failed
 
 
-def warm_up(rivals: dict[str, Function], device: torch.device) -> dict[str, float]:
+def warm_up(rivals: dict[str, Function], device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
     """Seconds of a call of each at best, in rounds that go on until two in a row took no new memory from the system.
 
     Memory new to the process costs several writes, and a heap that rivals share grows for some rounds before each finds
-    its blocks again.
+    its blocks again. The first rival must run; one of the others that fails (``torch.compile`` where there is no
+    compiler) is left out, and why is the second result.
     """
-    once, settled = dict.fromkeys(rivals, math.inf), 0
+    once, failed, settled = {}, {}, 0
+    first, *_ = rivals
     for _ in range(MAX_WARM_UP):
         before = new_memory()
-        for name, function in rivals.items():
-            once[name] = min(once[name], seconds_of(function, 1, device))
+        for name in [name for name in rivals if name not in failed]:
+            try:
+                once[name] = min(once.get(name, math.inf), seconds_of(rivals[name], 1, device))
+            except Exception as error:
+                if name == first:
+                    raise
+                failed[name] = reason(error)
+                once.pop(name, None)
         settled = settled + 1 if new_memory() - before <= NEW_MEMORY else 0
         if settled == 2:
             break
-    return once
+    return once, failed
 
 
 def new_memory() -> int:
