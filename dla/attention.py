@@ -133,18 +133,19 @@ class LightLayerAttention(_LayerAttention):
         gate: Tensor | None,
         carry_weight: Tensor | None,
         need_o: bool = True,
+        inplace: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Updates the attention and adds it to the block's map.
 
         Args:
             x: [B, C, H, W] the block's map.
             y: [B, C] its GAP.
-            carried, gate, carry_weight, need_o: see :func:`dla_kernels.light_update`.
+            carried, gate, carry_weight, need_o, inplace: see :func:`dla_kernels.light_update`.
 
         Returns:
             The block's output [B, C, H, W] and its GAP [B, C], the attention output o [B, C, H, W] and its GAP.
         """
         return light_update(
             x, y, self.query.weight, self.key.weight, self.value.weight, self.batch_norm(),
-            carried, self.lambda_, gate, carry_weight, self.keep(x), self.head_dim, need_o,
+            carried, self.lambda_, gate, carry_weight, self.keep(x), self.head_dim, need_o, inplace=inplace,
         )  # fmt: skip

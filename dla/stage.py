@@ -120,7 +120,7 @@ class BaseStage(_AttentionStage):
             own_gate = torch.ones_like(y) if own_gate is None else own_gate
             gates = [_append(g, own_gate) for g in gates]
             own, followers = len(layers), len(self.blocks) - len(layers) - 1
-            inplace = getattr(block, "owns_output", False) and not has_hooks(attention)
+            inplace = _owns(block, attention)
             if not key_value:
                 features[0] = _append(features[0], y)
                 x, layer = attention(x, features[0], gates[0], key_weights[: own + 1], layers, followers, inplace)
@@ -152,8 +152,9 @@ class LightStage(_AttentionStage):
             if not carries_output:
                 carried, carried_gap = shortcut, x_gap if shortcut is before else None
             state, gate = self.observe(y, carried, carried_gap, state)
+            need_o, inplace = carries_output and not last, _owns(block, attention)
             x, x_gap, o, o_gap = attention(
-                x, y, carried, gate, None if carried is None else carry_weight, carries_output and not last
+                x, y, carried, gate, None if carried is None else carry_weight, need_o, inplace
             )
             carried, carried_gap = o, o_gap
         return x
@@ -264,6 +265,11 @@ def _blocks(blocks: Iterable[nn.Module]) -> nn.ModuleList:
     if not blocks:
         raise ValueError("`blocks` must hold at least one residual block, got an empty stage")
     return blocks
+
+
+def _owns(block: nn.Module, attention: nn.Module) -> bool:
+    """Whether nobody but ``attention`` has the block's output."""
+    return getattr(block, "owns_output", False) and not has_hooks(attention)
 
 
 def _append(stack: Tensor | None, item: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ A value_plane(const LayerAttentionForward<T>& a, int64_t b, int64_t c, A weight,
     const A* filter = a.value_weight + c * 9;
     const auto weights = broadcast<A, N>(weight);
     Vec<A, N> total = {};
-    filter_plane<T, N, K, Carry::none, 2>(x, x, a.shape.H, a.shape.W, filter, filter, zeros,
+    filter_plane<T, N, K, Carry::none, 2>(x, x, a.shape.H, a.shape.W, filter, filter, zeros, nullptr,
                                           [&](int64_t p, int64_t n, Vec<A, N> v) DLA_INLINE {
                                               write<2, A, N>(past, value + p, v, n);
                                               store<A, N>(o + p, weights * as_kept<T, A, N>(v), n);

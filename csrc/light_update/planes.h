@@ -13,10 +13,11 @@ DLA_INLINE inline void broadcast_taps(const A* filter, Vec<A, N>* taps) {
 
 // filter_x over x, plus filter_carried over carried, which is its tap in the middle alone where the carry is scaled:
 // calls put(p, n, v) with the n pixels from p on, in order. zeros [W]; K as on_width says; kStreams is how many maps
-// are read and written. A map that is not carried is not read.
+// are read and written. A map that is not carried is not read. put may write over x where there is room to keep two of
+// its rows, kept [2, W].
 template <class T, int N, int K, Carry kCarry, int kStreams, class A = Acc<T>, class Put>
 DLA_INLINE inline void filter_plane(const T* x, const T* carried, int64_t H, int64_t W, const A* filter_x,
-                                    const A* filter_carried, const T* zeros, const Put& put) {
+                                    const A* filter_carried, const T* zeros, T* kept, const Put& put) {
     Vec<A, N> fx[9], fc[9];
     broadcast_taps<A, N>(filter_x, fx);
     if constexpr (kCarry != Carry::none) broadcast_taps<A, N>(filter_carried, fc);
@@ -63,7 +64,12 @@ DLA_INLINE inline void filter_plane(const T* x, const T* carried, int64_t H, int
         }
     } else {
         for (int64_t i = 0; i < H; ++i) {
-            const RowsAround<T> of_x(x, i, H, W, zeros), of_carried(carried, i, H, W, zeros);
+            RowsAround<T> of_x(x, i, H, W, zeros);
+            const RowsAround<T> of_carried(carried, i, H, W, zeros);
+            if (kept) {
+                if (i > 0) of_x.above = kept + (i - 1) % 2 * W;
+                std::memcpy(static_cast<void*>(kept + i % 2 * W), of_x.here, W * sizeof(T));
+            }
             const auto columns_at = [&](int64_t j, int64_t n) DLA_INLINE {
                 Columns<A, N> columns;
                 fetch_ahead<kStreams>(of_x.here + j);
@@ -86,9 +92,10 @@ void forward_planes_of(const LightUpdateForward<T>& a) {
     using A = Acc<T>;
     using V = Vec<A, N>;
     const int64_t C = a.shape.C, H = a.shape.H, W = a.shape.W;
-    const bool past = go_past_caches(a.shape, W, a.o, a.out);
+    const bool over_x = a.out.data == a.x.data;  // what it writes then lies in the cache
+    const bool past = !over_x && go_past_caches(a.shape, W, a.o, a.out);
     parallel(a.shape.B * C, 4 * H * W, [&, C, H, W](int64_t begin, int64_t end) {
-        const Scratch<T> zeros(W, T(0)), kept(past ? H * W : 0);
+        const Scratch<T> zeros(W, T(0)), kept(past ? H * W : 0), kept_rows(over_x ? 2 * W : 0);
         for (int64_t k = begin; k < end; ++k) {
             const int64_t b = k / C, c = k % C;
             A filter_x[9], filter_carried[9];
@@ -101,7 +108,7 @@ void forward_planes_of(const LightUpdateForward<T>& a) {
             constexpr int kRead = kCarry == Carry::none ? 1 : 2;
             const auto filter = [&](auto written, const auto& put) DLA_INLINE {
                 filter_plane<T, N, K, kCarry, kRead + written()>(x, carried, H, W, filter_x, filter_carried,
-                                                                 zeros.get(), put);
+                                                                 zeros.get(), over_x ? kept_rows.get() : nullptr, put);
             };
             V total = {}, out_total = {};
             if (out) {

@@ -78,7 +78,10 @@ def test_opcheck_of_inference(op, monkeypatch):
     torch.library.opcheck(*calls[-1])
 
 
-@pytest.mark.parametrize(("op", "library_op"), [("norm_residual", "forward_"), ("layer_attention", "folded_")])
+@pytest.mark.parametrize(
+    ("op", "library_op"),
+    [("norm_residual", "forward_"), ("light_update", "folded_"), ("layer_attention", "folded_")],
+)
 def test_opcheck_in_place(op, library_op, monkeypatch):
     call = TYPICAL[op](dtype=torch.float32, statistics="running", keep=False)
     call.options["inplace"] = True

@@ -5,6 +5,7 @@ from helpers import assert_close, require_grad
 from test_dla_kernels.cases import BACKENDS
 
 from dla_kernels import BatchNorm, light_update
+from dla_kernels.common import accumulate_dtype
 
 ORDER = ("x", "y", "query_weight", "key_weight", "value_weight", "carried", "carry_scale", "gate", "carry_weight")
 
@@ -145,3 +146,39 @@ def test_o_is_left_out_where_it_is_not_needed(backend):
     assert o is None
     assert_close(out, expected[0], 1e-15)
     assert_close(o_mean, expected[3], 1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [1, 7, 8, 14, 16, 28, 32, 56, 64, 75])  # in vectors: one, two, four, and others
+@pytest.mark.parametrize("left_out", [(), ("carry_weight",), ORDER[5:]], ids=["filtered", "scaled", "no carry"])
+def test_in_place_gives_the_same_bits(left_out, width, dtype):
+    args = {
+        name: t if name in ("x", "carried") else t.to(accumulate_dtype(torch.empty(0, dtype=dtype)))
+        for name, t in arguments(2, 5, 6, width, left_out, dtype).items()
+    }
+    norm = batch_norm(5, running_mean=torch.rand(5).double(), running_var=torch.rand(5).double(), training=False)
+    x = args["x"].clone()
+    with torch.no_grad():
+        expected = light_update(**args, norm=norm, head_dim=5)
+        out, *others = light_update(**{**args, "x": x}, norm=norm, head_dim=5, inplace=True)
+    assert out is x
+    assert x._version == 1
+    for actual, wanted in zip((out, *others), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_in_place_leaves_what_others_need():
+    args = arguments(2, 5, 6, 7)
+    norm = batch_norm(5, running_mean=torch.rand(5).double(), running_var=torch.rand(5).double(), training=False)
+    x = args.pop("x")
+    kept = x.clone()
+    assert light_update(x, **args, norm=norm, head_dim=5, inplace=True)[0] is not x  # gradients may be taken
+    with torch.no_grad():
+        rows = x.contiguous(memory_format=torch.channels_last)
+        for given in (rows, x[:, :, ::2]):
+            assert (
+                light_update(given, **{**args, "carried": given}, norm=norm, head_dim=5, inplace=True)[0] is not given
+            )
+        assert light_update(x, **args, norm=batch_norm(5), head_dim=5, inplace=True)[0] is not x  # own statistics
+    assert torch.equal(x, kept)
+    assert torch.equal(rows, kept)

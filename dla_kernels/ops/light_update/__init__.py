@@ -9,7 +9,7 @@ from dla_kernels.checks import Checker, remembered
 from dla_kernels.common import accumulate_dtype, in_dtype
 from dla_kernels.ops.light_update import reference
 from dla_kernels.ops.light_update.function import LightUpdate, folded
-from dla_kernels.ops.norm_residual.function import count_of, keep_books
+from dla_kernels.ops.norm_residual.function import count_of, keep_books, may_overwrite
 
 
 @remembered
@@ -55,6 +55,7 @@ def light_update(
     head_dim: int = 32,
     need_o: bool = True,
     backend: str | None = None,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Adds a layer's attention to the gated carry of the layers before it, and the sum to the layer's map (Eq. 3).
 
@@ -82,6 +83,8 @@ def light_update(
         head_dim: channels of a head; divides C.
         need_o: whether ``o`` itself is needed, as what the next layer carries. Inference then writes it.
         backend: see :mod:`dla_kernels.backend`.
+        inplace: whether ``out`` may be ``x`` itself, written over, as in :func:`norm_residual`, where nothing drops and
+            ``x`` is contiguous.
 
     Returns:
         out [B, C, H, W] in x's dtype and its GAP [B, C] in the state's dtype; o [B, C, H, W], None where it is not
@@ -103,7 +106,8 @@ def light_update(
     if chosen == "reference":
         out, out_mean, o, o_mean, mean, var, share = reference.light_update(*attention, norm, keep, head_dim)
     elif not (norm.training or torch.is_grad_enabled()) and keep is None:
-        return folded(*attention, norm, head_dim, need_o, chosen)
+        overwrite = inplace and x.is_contiguous() and may_overwrite(x, norm, chosen)
+        return folded(*attention, norm, head_dim, need_o, chosen, overwrite)
     else:
         out, out_mean, o, o_mean, mean, var, share = LightUpdate.call(
             *attention, norm.weight, norm.bias, keep, *norm.constants(), norm.eps, head_dim, norm.group, chosen

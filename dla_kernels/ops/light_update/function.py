@@ -26,6 +26,10 @@ def fake_folded(
     return empty_map_like(x), y.new_empty(x.shape[:2]), o, y.new_empty(x.shape[:2])
 
 
+def fake_folded_(*args) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_folded(*args)[1:]
+
+
 def fake_backward(
     grad_out: Tensor, grad_out_mean: Tensor | None, grad_o: Tensor | None, grad_o_mean: Tensor | None, o: Tensor,
     mean: Tensor, var: Tensor, weight: Tensor, sum_weight: Tensor | None, sum_bias: Tensor | None,
@@ -48,21 +52,28 @@ def fake_backward(
 
 
 #: {backend: its ops}
+_fakes = {"forward": fake_forward, "folded": fake_folded, "backward": fake_backward}
 BACKENDS = {
-    name: module.library_ops("light_update", forward=fake_forward, folded=fake_folded, backward=fake_backward)
-    for name, module in (("native", native), ("triton", triton))
+    "native": native.library_ops("light_update", **_fakes, folded_=fake_folded_),
+    "triton": triton.library_ops("light_update", **_fakes),
 }
 
 
 def folded(
     x, y, query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight,
-    norm: BatchNorm, head_dim: int, need_o: bool, backend: str,
+    norm: BatchNorm, head_dim: int, need_o: bool, backend: str, overwrite: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """The op without gradients and with constant statistics: one pass."""
-    out, out_mean, o, o_mean = BACKENDS[backend].folded(
+    """The op without gradients and with constant statistics: one pass; its output in the place of ``x`` or in a new
+    map."""
+    given = (
         x, y, query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight, *norm.constants(),
         norm.weight, norm.bias, norm.eps, head_dim, need_o,
     )  # fmt: skip
+    if overwrite:
+        out, (out_mean, o, o_mean) = x, BACKENDS[backend].folded_(*given)
+        norm_residual.was_overwritten(x)
+    else:
+        out, out_mean, o, o_mean = BACKENDS[backend].folded(*given)
     return out, out_mean, o if need_o else None, o_mean
 
 
