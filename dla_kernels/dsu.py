@@ -33,7 +33,10 @@ class DsuWeights(NamedTuple):
         return tuple(w.view(s) for w, s in zip(self.packed.split(sizes), self.shapes(), strict=True))
 
 
-def packed(weights: Sequence[Tensor]) -> DsuWeights:
-    """The joint form's three tensors or the split form's eight, which must fit each other, in one."""
+def packed(weights: Sequence[Tensor] | DsuWeights) -> DsuWeights:
+    """The joint form's three tensors or the split form's eight, which must fit each other, in one, or what is so
+    already."""
+    if isinstance(weights, DsuWeights):
+        return weights
     everything = torch.cat([w.flatten() for w in weights])
     return DsuWeights(everything, len(weights) == 3, weights[-1].numel() // 3, weights[0].shape[0])

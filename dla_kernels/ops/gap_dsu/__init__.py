@@ -88,7 +88,7 @@ def gap_dsu(
     chosen = choose(x.device, backend, "gap_dsu")
     if chosen == "reference":
         return reference.gap_dsu(x, h, c, weights, activation, carried, gate)
-    weights = weights if isinstance(weights, DsuWeights) else packed(weights)
+    weights = packed(weights)
     sigma = tuple(ACTIVATIONS).index(activation)
     y, h, c, d = GapDsu.call(
         x, h, c, carried, in_dtype(weights.packed, h.dtype), weights.joint, sigma, gate == "context", chosen

@@ -79,8 +79,8 @@ def fake_backward(
 #: Where the ReLU stands, as norm_residual's library ops count the places.
 RELU = norm_residual.RELU["branch"]
 
-#: {backend: its ops}
 _fakes = {"forward": fake_forward, "folded": fake_folded, "backward": fake_backward}
+#: {backend: its ops}
 BACKENDS = {
     "native": native.library_ops("layer_attention", **_fakes, folded_=fake_folded_),
     "triton": triton.library_ops("layer_attention", **_fakes),

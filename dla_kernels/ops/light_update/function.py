@@ -51,8 +51,8 @@ def fake_backward(
     )
 
 
-#: {backend: its ops}
 _fakes = {"forward": fake_forward, "folded": fake_folded, "backward": fake_backward}
+#: {backend: its ops}
 BACKENDS = {
     "native": native.library_ops("light_update", **_fakes, folded_=fake_folded_),
     "triton": triton.library_ops("light_update", **_fakes),

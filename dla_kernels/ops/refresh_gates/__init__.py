@@ -63,7 +63,7 @@ def refresh_gates(
     chosen = choose(features.device, backend, "refresh_gates")
     if chosen == "reference":
         return reference.refresh_gates(features, gates, h, c, weights, activation, gate)
-    weights = weights if isinstance(weights, DsuWeights) else packed(weights)
+    weights = packed(weights)
     sigma = tuple(ACTIVATIONS).index(activation)
     return RefreshGates.call(
         features, gates, h, c, in_dtype(weights.packed, h.dtype), weights.joint, sigma, gate == "context", chosen
