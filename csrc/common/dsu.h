@@ -67,8 +67,8 @@ void over_samples(const Dsu<A>& d, const Body& body) {
 // The elements of these samples in [M, C]: calls body(i, n) with the n numbers from i on.
 template <class A, class Body>
 void each_vector(const Dsu<A>& d, const Rows& samples, int64_t work, const Body& body) {
-    const int64_t first = samples.begin * d.T * d.C;
-    each_vector<A>(samples.end * d.T * d.C - first, work, [&](int64_t i, int64_t n) { body(first + i, n); });
+    const Rows of = samples.times(d.T * d.C);
+    each_vector<A>(of.count(), work, [&](int64_t i, int64_t n) { body(of.begin + i, n); });
 }
 
 // Of these samples of y [M, C], h and c [B, C]: the step's insides and the new context.
@@ -82,7 +82,7 @@ void dsu_forward(const Dsu<A>& d, const Rows& samples, const A* y, const A* h, c
     if (!d.joint) linear(samples, 3 * C, R, step.reduced_h.get(), d.expand_h, kNone, 1, false, step.from_h.get());
     linear(rows, 3 * C, R, step.reduced_y.get(), d.expand_y, d.joint ? kNone : step.from_h.get(), d.T, false,
            step.gates.get());
-    parallel(rows.end - rows.begin, kActivation * C, [&](int64_t begin, int64_t end) {
+    parallel(rows.count(), kActivation * C, [&](int64_t begin, int64_t end) {
         for (int64_t m = rows.begin + begin; m < rows.begin + end; ++m) {
             A* gates = &step.gates[m * 3 * C];
             for (int64_t j = 0; j < C; j += kLanes<A>) {

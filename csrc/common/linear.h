@@ -14,6 +14,7 @@ void each_vector(int64_t size, int64_t work, const Body& body) {
 struct Rows {
     int64_t begin, end, all;
 
+    int64_t count() const { return end - begin; }
     Rows times(int64_t n) const { return {n * begin, n * end, n * all}; }
 };
 
@@ -22,22 +23,23 @@ template <class A>
 void linear_of_few_rows(const Rows& of, int64_t N, int64_t K, const A* x, const Linear<A>& layer, const A* base,
                         int64_t rows_per_base, bool relu, A* out) {
     // The sums, a vector of each row and one of a filter fill the registers: 32 of 64 bytes, else 16.
-    constexpr int L = kLanes<A>, kRows = DLA_VECTOR_BYTES == 64 ? 4 : 3, kSome = L < 4 ? L : 4;
-    const int64_t tiles = ceil_div(of.end - of.begin, kRows), whole = K / L * L;
-    parallel(tiles * ceil_div(N, 4), kRows * 4 * K / 8, [&](int64_t begin, int64_t end) {
+    constexpr int L = kLanes<A>, kRows = DLA_VECTOR_BYTES == 64 ? 4 : 3, kColumns = 4;
+    constexpr int kSome = L < kColumns ? L : kColumns;  // columns that are finished at a time
+    const int64_t tiles = ceil_div(of.count(), kRows), whole = K / L * L;
+    parallel(tiles * ceil_div(N, kColumns), kRows * kColumns * K / 8, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
             // All rows under a few filters, which stay in the cache, before the next ones.
-            const int64_t m0 = of.begin + task % tiles * kRows, n0 = task / tiles * 4;
+            const int64_t m0 = of.begin + task % tiles * kRows, n0 = task / tiles * kColumns;
             // Beyond the edge the last row or column is computed again, and not stored.
-            const A *rows[kRows], *filters[4];
+            const A *rows[kRows], *filters[kColumns];
             for (int i = 0; i < kRows; ++i) rows[i] = x + std::min(m0 + i, of.end - 1) * K;
-            for (int j = 0; j < 4; ++j) filters[j] = layer.weight + std::min(n0 + j, N - 1) * layer.pitch;
-            Vec<A> sums[kRows][4] = {};
+            for (int j = 0; j < kColumns; ++j) filters[j] = layer.weight + std::min(n0 + j, N - 1) * layer.pitch;
+            Vec<A> sums[kRows][kColumns] = {};
             // Inlined, or the sums would leave the registers. Of a vector of x the first lanes may be left out.
             const auto add = [&](int64_t k, auto n, auto left_out) DLA_INLINE {
                 Vec<A> v[kRows];
                 for (int i = 0; i < kRows; ++i) v[i] = drop_lanes<A>(load<A>(rows[i] + k, n), left_out);
-                for (int j = 0; j < 4; ++j) {
+                for (int j = 0; j < kColumns; ++j) {
                     const Vec<A> w = load<A>(filters[j] + k, n);
                     for (int i = 0; i < kRows; ++i) sums[i][j] += v[i] * w;
                 }
@@ -55,9 +57,9 @@ void linear_of_few_rows(const Rows& of, int64_t N, int64_t K, const A* x, const 
             for (int i = 0; i < kRows; ++i) {
                 const int64_t m = m0 + i;
                 if (m >= of.end) break;
-                A found[4];
+                A found[kColumns];
                 sum_each<A>(sums[i][0], sums[i][1], sums[i][2], sums[i][3], found);
-                for (int j = 0; j < 4; j += kSome) {
+                for (int j = 0; j < kColumns; j += kSome) {
                     const int64_t at = n0 + j, n = N - at;
                     if (n <= 0) break;
                     auto value = load<A, kSome>(found + j);
@@ -80,7 +82,7 @@ void linear_of_many_rows(const Rows& of, int64_t N, int64_t K, const A* x, const
                          int64_t rows_per_base, bool relu, A* out) {
     // The sums, two vectors of filters and a number fill 16 registers.
     constexpr int L = kLanes<A>, kRows = 6, kColumns = 2 * L;
-    const int64_t parts = ceil_div(of.end - of.begin, kManyRows);
+    const int64_t parts = ceil_div(of.count(), kManyRows);
     parallel(parts * ceil_div(N, kColumns), kManyRows * kColumns * K / 8, [&](int64_t begin, int64_t end) {
         const Scratch<A> filters(K * kColumns, A(0));  // [K, kColumns]
         for (int64_t task = begin; task < end; ++task) {

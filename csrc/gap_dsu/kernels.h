@@ -77,20 +77,22 @@ void add(const A* more, int64_t size, A* to) {
 
 template <class A>
 void backward(const GapDsuBackward<A>& a) {
-    const DsuStep<A> step(a.dsu), gating(a.dsu);
+    const DsuStep<A> step(a.dsu);
     const int64_t size = a.dsu.M() * a.dsu.C;
-    const Scratch<A> grad_context(size), new_h(size), new_c(size);
-    over_samples(a.dsu, [&](const Rows& samples) {
-        dsu_forward(a.dsu, samples, a.y, a.h, a.c, step);
-        if (!a.carried) return;
-        read_state(a.dsu, samples, step, new_h.get(), new_c.get());
-        dsu_forward(a.dsu, samples, a.carried, new_h.get(), new_c.get(), gating);
-    });
+    const Scratch<A> grad_context(size);
     if (!a.carried) {
+        over_samples(a.dsu, [&](const Rows& samples) { dsu_forward(a.dsu, samples, a.y, a.h, a.c, step); });
         context_gradient(a.dsu, step, a.grad_new_h, a.grad_new_c, grad_context.get());
         dsu_backward(a.dsu, a.y, a.h, a.c, step, grad_context.get(), a.grads, a.grad_y, a.grad_h, a.grad_c);
         return add(a.grad_of_y, size, a.grad_y);
     }
+    const DsuStep<A> gating(a.dsu);
+    const Scratch<A> new_h(size), new_c(size);
+    over_samples(a.dsu, [&](const Rows& samples) {
+        dsu_forward(a.dsu, samples, a.y, a.h, a.c, step);
+        read_state(a.dsu, samples, step, new_h.get(), new_c.get());
+        dsu_forward(a.dsu, samples, a.carried, new_h.get(), new_c.get(), gating);
+    });
     // First back through the carry's step, which adds to the gradients of the new state and of the weights.
     const Scratch<A> grad_new_h(size), grad_new_c(size), first_weights(a.size);
     context_gradient(a.dsu, gating, a.of_context ? nullptr : a.grad_gate, a.of_context ? a.grad_gate : nullptr,

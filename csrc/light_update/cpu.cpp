@@ -81,6 +81,8 @@ std::tuple<Tensor, Tensor, Tensor> light_update_forward(const Tensor& x_, const 
     return {o, mean, var};
 }
 
+namespace {
+
 // In inference the block's output, in `out`: its GAP, o where it is needed, and o's GAP.
 std::tuple<Tensor, Tensor, Tensor> fold(const Tensor& x, const Tensor& out, const Tensor& y, const Tensor& query_weight,
                                         const Tensor& key_weight, const Tensor& value_weight,
@@ -121,6 +123,8 @@ std::tuple<Tensor, Tensor, Tensor> fold(const Tensor& x, const Tensor& out, cons
     });
     return {out_mean, o, o_mean};
 }
+
+}  // namespace
 
 // In inference: the block's output, its GAP, o where it is needed, and o's GAP.
 std::tuple<Tensor, Tensor, Tensor, Tensor> light_update_folded(
