@@ -12,6 +12,7 @@ from statistics import median
 
 import numpy as np
 import torch
+from torch import Tensor
 
 Function = Callable[[], object]
 
@@ -108,9 +109,11 @@ def warm_up(rivals: dict[str, Function], device: torch.device) -> tuple[dict[str
     first, *_ = rivals
     for _ in range(MAX_WARM_UP):
         before = new_memory()
-        for name in [name for name in rivals if name not in failed]:
+        for name, function in rivals.items():
+            if name in failed:
+                continue
             try:
-                once[name] = min(once.get(name, math.inf), seconds_of(rivals[name], 1, device))
+                once[name] = min(once.get(name, math.inf), seconds_of(function, 1, device))
             except Exception as error:
                 if name == first:
                     raise
@@ -176,7 +179,11 @@ def large_copy(device: torch.device) -> Function:
 
 def read_and_copy(nbytes: int, device: torch.device) -> dict[str, Function]:
     """What any op on maps of this size can at best do: sum a map, and copy one, from memory and to memory."""
-    sources, targets = ([torch.ones(max(1, nbytes // 4), device=device) for _ in range(sets_of(nbytes))] for _ in "rw")
+
+    def maps() -> list[Tensor]:
+        return [torch.ones(max(1, nbytes // 4), device=device) for _ in range(sets_of(nbytes))]
+
+    sources, targets = maps(), maps()
     copies = [functools.partial(target.copy_, source) for source, target in zip(sources, targets, strict=True)]
     return {"read": rotating([x.sum for x in sources]), "copy": rotating(copies)}
 
