@@ -111,7 +111,7 @@ class BaseStage(_AttentionStage):
         features, gates = ([None] * (2 if key_value else 1) for _ in range(2))
         key_weights = None if key_value else torch.cat([attention.key.weight for attention in self.attention])
         for block, attention in zip(self.blocks, self.attention, strict=True):
-            x, y, _ = self.output_of(block, x)
+            x, y = self.output_of(block, x)[:2]
             if cell is not None:
                 state = cell(y, state or cell.initial_state(y))
                 if layers:
@@ -120,7 +120,7 @@ class BaseStage(_AttentionStage):
             own_gate = torch.ones_like(y) if own_gate is None else own_gate
             gates = [_append(g, own_gate) for g in gates]
             own, followers = len(layers), len(self.blocks) - len(layers) - 1
-            inplace = _owns(block, attention)
+            inplace = _owns_output(block) and not has_hooks(attention)
             if not key_value:
                 features[0] = _append(features[0], y)
                 x, layer = attention(x, features[0], gates[0], key_weights[: own + 1], layers, followers, inplace)
@@ -146,17 +146,18 @@ class LightStage(_AttentionStage):
         state = carried = carried_gap = x_gap = None
         carries_output = self.config.carry == "output"
         carry_weight = None if self.carry_conv is None else self.carry_conv.weight
+        hooked = any(map(has_hooks, self.attention))
         for block, attention in zip(self.blocks, self.attention, strict=True):
             before, last = x, block is self.blocks[-1]
             x, y, shortcut = self.output_of(block, x)
             if not carries_output:
                 carried, carried_gap = shortcut, x_gap if shortcut is before else None
+            del before, shortcut  # the caches still hold their memory, for the next map
             state, gate = self.observe(y, carried, carried_gap, state)
-            need_o, inplace = carries_output and not last, _owns(block, attention)
-            x, x_gap, o, o_gap = attention(
+            need_o, inplace = carries_output and not last, _owns_output(block) and not hooked
+            x, x_gap, carried, carried_gap = attention(
                 x, y, carried, gate, None if carried is None else carry_weight, need_o, inplace
             )
-            carried, carried_gap = o, o_gap
         return x
 
     def observe(
@@ -267,9 +268,8 @@ def _blocks(blocks: Iterable[nn.Module]) -> nn.ModuleList:
     return blocks
 
 
-def _owns(block: nn.Module, attention: nn.Module) -> bool:
-    """Whether nobody but ``attention`` has the block's output."""
-    return getattr(block, "owns_output", False) and not has_hooks(attention)
+def _owns_output(block: nn.Module) -> bool:
+    return getattr(block, "owns_output", False)
 
 
 def _append(stack: Tensor | None, item: Tensor) -> Tensor:

@@ -83,13 +83,13 @@ std::tuple<Tensor, Tensor, Tensor> light_update_forward(const Tensor& x_, const 
 
 namespace {
 
-// In inference the block's output, in `out`: its GAP, o where it is needed, and o's GAP.
-std::tuple<Tensor, Tensor, Tensor> fold(const Tensor& x, const Tensor& out, const Tensor& y, const Tensor& query_weight,
-                                        const Tensor& key_weight, const Tensor& value_weight,
-                                        const std::optional<Tensor>& carried, const std::optional<Tensor>& carry_scale,
-                                        const std::optional<Tensor>& gate, const std::optional<Tensor>& carry_weight,
-                                        const Tensor& mean_, const Tensor& var_, const Tensor& weight_,
-                                        const Tensor& bias_, double eps, int64_t head_dim, bool need_o) {
+// In inference the block's output, in `out`, and o, where `o` is not empty: their GAPs.
+std::tuple<Tensor, Tensor> fold(const Tensor& x, const Tensor& out, const Tensor& o, const Tensor& y,
+                                const Tensor& query_weight, const Tensor& key_weight, const Tensor& value_weight,
+                                const std::optional<Tensor>& carried, const std::optional<Tensor>& carry_scale,
+                                const std::optional<Tensor>& gate, const std::optional<Tensor>& carry_weight,
+                                const Tensor& mean_, const Tensor& var_, const Tensor& weight_, const Tensor& bias_,
+                                double eps, int64_t head_dim) {
     const bool channels_last = is_channels_last(x);
     const Inputs in{dense(y),
                     dense(query_weight),
@@ -101,7 +101,6 @@ std::tuple<Tensor, Tensor, Tensor> fold(const Tensor& x, const Tensor& out, cons
                     dense(carry_weight)};
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
     const Shape s = shape_of(x);
-    const Tensor o = map_or_empty(need_o, x);
     const Tensor out_mean = new_tensor(y, {s.B, s.C}), o_mean = new_tensor(y, {s.B, s.C});
     on_dtype(x, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
@@ -121,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> fold(const Tensor& x, const Tensor& out, cons
                                          norm.shift.get()};
         if (s.B * s.C > 0) DLA_ON_ISA(forward<T>(args, channels_last));
     });
-    return {out_mean, o, o_mean};
+    return {out_mean, o_mean};
 }
 
 }  // namespace
@@ -132,20 +131,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> light_update_folded(
     const std::optional<Tensor>& carried, const std::optional<Tensor>& carry_scale, const std::optional<Tensor>& gate,
     const std::optional<Tensor>& carry_weight, const Tensor& mean, const Tensor& var, const Tensor& weight,
     const Tensor& bias, double eps, int64_t head_dim, bool need_o) {
-    const Tensor x = walkable(x_), out = new_like(x);
-    const auto others = fold(x, out, y, query_weight, key_weight, value_weight, carried, carry_scale, gate,
-                             carry_weight, mean, var, weight, bias, eps, head_dim, need_o);
-    return std::tuple_cat(std::tuple(out), others);
+    const Tensor x = walkable(x_), out = new_like(x), o = map_or_empty(need_o, x);
+    const auto [out_mean, o_mean] = fold(x, out, o, y, query_weight, key_weight, value_weight, carried, carry_scale,
+                                         gate, carry_weight, mean, var, weight, bias, eps, head_dim);
+    return {out, out_mean, o, o_mean};
 }
 
-// The same with the block's output over x, which must be contiguous: runs of channels_last rows read each other's.
+// The same with the block's output over x, and with over_carried o over what is carried, which then is not returned.
+// Both must be contiguous: runs of channels_last rows read each other's. Nor can o go where a filter reads.
 std::tuple<Tensor, Tensor, Tensor> light_update_folded_(
     const Tensor& x, const Tensor& y, const Tensor& query_weight, const Tensor& key_weight, const Tensor& value_weight,
     const std::optional<Tensor>& carried, const std::optional<Tensor>& carry_scale, const std::optional<Tensor>& gate,
     const std::optional<Tensor>& carry_weight, const Tensor& mean, const Tensor& var, const Tensor& weight,
-    const Tensor& bias, double eps, int64_t head_dim, bool need_o) {
-    return fold(x, x, y, query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight, mean, var,
-                weight, bias, eps, head_dim, need_o);
+    const Tensor& bias, double eps, int64_t head_dim, bool need_o, bool over_carried) {
+    const Tensor own = map_or_empty(need_o && !over_carried, x);
+    const auto [out_mean, o_mean] =
+        fold(x, x, over_carried ? *carried : own, y, query_weight, key_weight, value_weight, carried, carry_scale, gate,
+             carry_weight, mean, var, weight, bias, eps, head_dim);
+    return {out_mean, own, o_mean};
 }
 
 // The backward of the whole block, out = x + keep * BatchNorm(o), from the gradients of out, its GAP, o and its GAP:
@@ -236,8 +239,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dla_kernels, m) {
         "Tensor weight, Tensor bias, float eps, int head_dim, bool need_o) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def(
         "light_update_folded_(Tensor(a!) x, Tensor y, Tensor query_weight, Tensor key_weight, Tensor value_weight, "
-        "Tensor? carried, Tensor? carry_scale, Tensor? gate, Tensor? carry_weight, Tensor mean, Tensor var, "
-        "Tensor weight, Tensor bias, float eps, int head_dim, bool need_o) -> (Tensor, Tensor, Tensor)");
+        "Tensor(b!)? carried, Tensor? carry_scale, Tensor? gate, Tensor? carry_weight, Tensor mean, Tensor var, "
+        "Tensor weight, Tensor bias, float eps, int head_dim, bool need_o, bool over_carried) -> "
+        "(Tensor, Tensor, Tensor)");
     m.def(
         "light_update_backward(Tensor grad_out, Tensor? grad_out_mean, Tensor? grad_o, Tensor? grad_o_mean, Tensor o, "
         "Tensor mean, Tensor var, Tensor weight, Tensor? sum_weight, Tensor? sum_bias, Tensor? keep, float eps, "

@@ -74,6 +74,15 @@ def test_a_hook_keeps_what_layer_attention_took():
     torch.testing.assert_close(plain, model(x), rtol=1e-4, atol=1e-4)
 
 
+def test_a_hook_keeps_what_the_next_layer_is_given():
+    model, kept = dla.create_model("resnet56_dla_l", num_classes=10).eval(), []
+    handle = model.layer1.attention[0].register_forward_hook(lambda m, args, output: kept.append(output[2]))
+    with torch.no_grad():
+        model(torch.randn(2, 3, 16, 16))
+        handle.remove()
+    assert kept[0]._version == 0
+
+
 @pytest.mark.parametrize("name", ["resnet20_dla_l", "resnet20_dla_b"])
 def test_inference_is_the_same_with_and_without_gradients(name):
     model = dla.create_model(name, num_classes=10)

@@ -149,36 +149,55 @@ def test_o_is_left_out_where_it_is_not_needed(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("width", [1, 7, 8, 14, 16, 28, 32, 56, 64, 75])  # in vectors: one, two, four, and others
+# A single pixel, then in vectors: one, two, four, and others.
+@pytest.mark.parametrize("size", [(1, 1), *((6, width) for width in (1, 7, 8, 14, 16, 28, 32, 56, 64, 75))])
 @pytest.mark.parametrize("left_out", [(), ("carry_weight",), ORDER[5:]], ids=["filtered", "scaled", "no carry"])
-def test_in_place_gives_the_same_bits(left_out, width, dtype):
+def test_in_place_gives_the_same_bits(left_out, size, dtype):
     args = {
         name: t if name in ("x", "carried") else t.to(accumulate_dtype(torch.empty(0, dtype=dtype)))
-        for name, t in arguments(2, 5, 6, width, left_out, dtype).items()
+        for name, t in arguments(2, 5, *size, left_out, dtype).items()
     }
     norm = batch_norm(5, running_mean=torch.rand(5).double(), running_var=torch.rand(5).double(), training=False)
-    x = args["x"].clone()
+    given = args | {name: args[name].clone() for name in ("x", "carried") if name in args}
     with torch.no_grad():
         expected = light_update(**args, norm=norm, head_dim=5)
-        out, *others = light_update(**{**args, "x": x}, norm=norm, head_dim=5, inplace=True)
-    assert out is x
-    assert x._version == 1
-    for actual, wanted in zip((out, *others), expected, strict=True):
+        results = light_update(**given, norm=norm, head_dim=5, inplace=True)
+    for actual, wanted in zip(results, expected, strict=True):
         assert torch.equal(actual, wanted)
+    out, _, o, _ = results
+    assert out is given["x"]
+    assert out._version == 1
+    if "carried" in given:
+        scaled = "carry_weight" in left_out
+        assert (o is given["carried"]) == scaled
+        assert given["carried"]._version == scaled
+        assert scaled or torch.equal(given["carried"], args["carried"])
+
+
+@pytest.mark.parametrize("left_out", [(), ("carry_weight",)], ids=["filtered", "scaled"])
+def test_in_place_without_o_leaves_what_is_carried(left_out):
+    args = arguments(2, 5, 6, 7, left_out)
+    norm = batch_norm(5, running_mean=torch.rand(5).double(), running_var=torch.rand(5).double(), training=False)
+    carried = args["carried"].clone()
+    with torch.no_grad():
+        out, _, o, _ = light_update(**args, norm=norm, head_dim=5, need_o=False, inplace=True)
+    assert out is args["x"]
+    assert o is None
+    assert torch.equal(args["carried"], carried)
 
 
 def test_in_place_leaves_what_others_need():
-    args = arguments(2, 5, 6, 7)
+    args = arguments(2, 5, 6, 7, ("carry_weight",))
     norm = batch_norm(5, running_mean=torch.rand(5).double(), running_var=torch.rand(5).double(), training=False)
-    x = args.pop("x")
-    kept = x.clone()
+    x, carried = args.pop("x"), args["carried"]
+    kept = x.clone(), carried.clone()
     assert light_update(x, **args, norm=norm, head_dim=5, inplace=True)[0] is not x  # gradients may be taken
     with torch.no_grad():
         rows = x.contiguous(memory_format=torch.channels_last)
-        for given in (rows, x[:, :, ::2]):
-            assert (
-                light_update(given, **{**args, "carried": given}, norm=norm, head_dim=5, inplace=True)[0] is not given
-            )
+        for given, prior in ((rows, carried), (x[:, :, ::2], carried[:, :, ::2]), (x, rows), (x, x), (x, x.view_as(x))):
+            out, _, o, _ = light_update(given, **{**args, "carried": prior}, norm=norm, head_dim=5, inplace=True)
+            assert out is not given
+            assert o is not prior
         assert light_update(x, **args, norm=batch_norm(5), head_dim=5, inplace=True)[0] is not x  # own statistics
-    assert torch.equal(x, kept)
-    assert torch.equal(rows, kept)
+    for actual, wanted in zip((x, rows, carried), (kept[0], *kept), strict=True):
+        assert torch.equal(actual, wanted)

@@ -83,8 +83,9 @@ def light_update(
         head_dim: channels of a head; divides C.
         need_o: whether ``o`` itself is needed, as what the next layer carries. Inference then writes it.
         backend: see :mod:`dla_kernels.backend`.
-        inplace: whether ``out`` may be ``x`` itself, written over, as in :func:`norm_residual`, where nothing drops and
-            ``x`` is contiguous.
+        inplace: whether ``out`` may be ``x`` itself, written over, as in :func:`norm_residual`, and ``o`` may be
+            ``carried``; so where nothing drops and both are contiguous and apart, ``o`` where there is no
+            ``carry_weight``.
 
     Returns:
         out [B, C, H, W] in x's dtype and its GAP [B, C] in the state's dtype; o [B, C, H, W], None where it is not
@@ -106,7 +107,7 @@ def light_update(
     if chosen == "reference":
         out, out_mean, o, o_mean, mean, var, share = reference.light_update(*attention, norm, keep, head_dim)
     elif not (norm.training or torch.is_grad_enabled()) and keep is None:
-        overwrite = inplace and x.is_contiguous() and may_overwrite(x, norm, chosen)
+        overwrite = inplace and may_overwrite(x, norm, chosen) and _contiguous_and_apart(x, carried)
         return folded(*attention, norm, head_dim, need_o, chosen, overwrite)
     else:
         out, out_mean, o, o_mean, mean, var, share = LightUpdate.call(
@@ -114,3 +115,10 @@ def light_update(
         )
     keep_books(norm, mean, var, count_of(x), share, chosen)
     return out, out_mean, o if need_o else None, o_mean
+
+
+def _contiguous_and_apart(x: Tensor, carried: Tensor | None) -> bool:
+    if carried is None:
+        return x.is_contiguous()
+    share = x.untyped_storage().data_ptr() == carried.untyped_storage().data_ptr()
+    return x.is_contiguous() and carried.is_contiguous() and not share

@@ -27,7 +27,8 @@ def fake_folded(
 
 
 def fake_folded_(*args) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_folded(*args)[1:]
+    *given, need_o, over_carried = args
+    return fake_folded(*given, need_o and not over_carried)[1:]
 
 
 def fake_backward(
@@ -63,15 +64,20 @@ def folded(
     x, y, query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight,
     norm: BatchNorm, head_dim: int, need_o: bool, backend: str, overwrite: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """The op without gradients and with constant statistics: one pass; its output in the place of ``x`` or in a new
-    map."""
+    """The op without gradients and with constant statistics: one pass; its output in the place of ``x`` and o in that
+    of ``carried``, or both in new maps."""
     given = (
         x, y, query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight, *norm.constants(),
         norm.weight, norm.bias, norm.eps, head_dim, need_o,
     )  # fmt: skip
     if overwrite:
-        out, (out_mean, o, o_mean) = x, BACKENDS[backend].folded_(*given)
+        # A filter would read what is written over.
+        over_carried = need_o and carried is not None and carry_weight is None
+        out, (out_mean, o, o_mean) = x, BACKENDS[backend].folded_(*given, over_carried)
         norm_residual.was_overwritten(x)
+        if over_carried:
+            o = carried
+            norm_residual.was_overwritten(carried)
     else:
         out, out_mean, o, o_mean = BACKENDS[backend].folded(*given)
     return out, out_mean, o if need_o else None, o_mean
