@@ -47,6 +47,5 @@ def rows(device: torch.device, full: bool = False) -> Iterator[Row]:
         for interaction in INTERACTIONS:
             for task in networks.TASKS:
                 labels = {"stage": f"{batch}x{channels}x{size}x{size}", "interaction": interaction, "": task}
-                yield Row("blocks", labels, "plain", functools.partial(
-                    prepare, batch, channels, size, interaction, task, full
-                ))  # fmt: skip
+                row = functools.partial(prepare, batch, channels, size, interaction, task, full)
+                yield Row("blocks", labels, "plain", row, alone=True)

@@ -7,6 +7,8 @@ from dla.benchmarks.measure import MACHINE
 
 #: How much faster or slower another machine copies memory.
 ANOTHER = 0.15
+#: A spread that tells of other work on the machine.
+DISTURBED = 0.10
 
 
 def p50(row: dict, rival: str) -> float | None:
@@ -62,8 +64,24 @@ def met(row: dict) -> bool:
     return reached(row) <= facts["asked"] if facts["is_most"] else reached(row) >= facts["asked"]
 
 
+def spread(row: dict, rival: str) -> float:
+    """Half of what lies between the 20th and the 80th percentile of a rival's time, over the median."""
+    times = row["seconds"][rival]
+    return (times["p80"] - times["p20"]) / 2 / times["p50"]
+
+
+def unrest(row: dict) -> float:
+    """The larger spread of our time and the base's."""
+    return max(spread(row, ours(row)), spread(row, row["base"]))
+
+
 def elsewhere(row: dict, rows: Sequence[dict]) -> float:
     """How much more time than in most of the rows a copy took beside this one, 0 where none was measured."""
     copies = [time for r in rows if "error" not in r and (time := p50(r, MACHINE))]
     own = None if "error" in row else p50(row, MACHINE)
     return own / median(copies) - 1 if own and copies else 0.0
+
+
+def doubt(row: dict, rows: Sequence[dict]) -> float:
+    """Over 1 for a row that met another machine than most, or one that did other work; an error raises none."""
+    return 0.0 if "error" in row else max(abs(elsewhere(row, rows)) / ANOTHER, unrest(row) / DISTURBED)

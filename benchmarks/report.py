@@ -9,7 +9,21 @@ from rich import box
 from rich.table import Table
 
 from dla.benchmarks import pictures
-from dla.benchmarks.readings import ANOTHER, elsewhere, met, moved, of_copy, of_limit, ours, p50, ratio, reached
+from dla.benchmarks.readings import (
+    ANOTHER,
+    DISTURBED,
+    elsewhere,
+    met,
+    moved,
+    of_copy,
+    of_limit,
+    ours,
+    p50,
+    ratio,
+    reached,
+    spread,
+    unrest,
+)
 from dla.benchmarks.run import load
 
 #: A table: what all its lines have in common, headers, and lines of as many cells.
@@ -23,8 +37,6 @@ TITLES = {
     "launches": "Ops that a block dispatches, forward + backward; time of a stage of four on maps of one pixel",
     "floors": "What a GPU must reach",
 }
-#: A spread that tells of other work on the machine.
-DISTURBED = 0.25
 #: Labels that a question's tables are parted by.
 APART = {
     "ops": ("shape", "dtype", "layout"),
@@ -53,14 +65,8 @@ def _mebibytes(row: dict, fact: str) -> str:
     return "" if value is None else f"{value / 2**20:.3g}"
 
 
-def _spread(row: dict) -> float:
-    """Half of what lies between the 20th and the 80th percentile of our time, over the median."""
-    times = row["seconds"][ours(row)]
-    return (times["p80"] - times["p20"]) / 2 / times["p50"]
-
-
 def _measured(row: dict) -> str:
-    return f"{_milliseconds(p50(row, ours(row)))} ±{_spread(row):.0%}"
+    return f"{_milliseconds(p50(row, ours(row)))} ±{spread(row, ours(row)):.0%}"
 
 
 def _count(row: dict, form: str) -> str:
@@ -177,7 +183,7 @@ def notes(results: dict) -> list[str]:
         if "goal" in row["facts"]
     ]
     lines = [f"{sum(held)} of {len(held)} goals (at least, at most) are met."] if held else []
-    if disturbed := sum(_spread(row) > DISTURBED for row in rows):
+    if disturbed := sum(unrest(row) > DISTURBED for row in rows):
         lines.append(f"{disturbed} of {len(rows)} rows spread by more than {DISTURBED:.0%}: the machine was busy.")
     if other := sum(abs(elsewhere(row, rows)) > ANOTHER for row in rows):
         lines.append(f"{other} of {len(rows)} rows met a machine that copied over {ANOTHER:.0%} faster or slower.")

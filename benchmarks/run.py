@@ -18,7 +18,7 @@ import torch
 import dla_kernels
 from dla.benchmarks import blocks, depth, floors, launches, measure, models, ops
 from dla.benchmarks.measure import MACHINE, Row
-from dla.benchmarks.readings import ANOTHER, elsewhere
+from dla.benchmarks.readings import doubt
 from dla.memory import keep_memory
 from dla_kernels import native
 
@@ -33,7 +33,7 @@ QUESTIONS = {
 }
 #: Seconds for the rounds of a row, in a short run and in a full one.
 BUDGET_S, FULL_BUDGET_S = 1.0, 5.0
-#: The share of a run's time in which rows that met another machine than most may be measured again.
+#: The share of a run's time in which doubtful rows may be measured again.
 AGAIN = 0.15
 
 
@@ -169,8 +169,9 @@ class Run:
     ) -> None:
         """Measures the rows that are not there yet; ``on_row`` hears how many are done, and which comes now.
 
-        Then once more those that met another machine than most, as far as time allows: a machine that is shared copies
-        memory at one time twice as fast as at another, and what is bound by it in one rival is in another not.
+        Then once more those that met another machine than most, or one that did other work, as far as time allows: a
+        machine that is shared copies memory at one time twice as fast as at another, and what is bound by it in one
+        rival is in another not.
         """
         begin = time.monotonic()
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
@@ -185,24 +186,24 @@ class Run:
                 if row.name not in done:
                     self.keep(self.one(row, budget_s))
             until = time.monotonic() + AGAIN * (time.monotonic() - begin)
-            for row in self.strays(rows):
+            for row in self.doubtful(rows):
                 if time.monotonic() < until:
                     on_row(len(rows), f"again: {row.name}")
                     self.keep(self.one(row, budget_s))
 
-    def strays(self, rows: Sequence[Row]) -> list[Row]:
-        """Those that met another machine than most, farthest first."""
+    def doubtful(self, rows: Sequence[Row]) -> list[Row]:
+        """Those to be measured again, the worst first."""
         found = self.results["rows"]
-        off = {row["name"]: abs(elsewhere(row, found)) for row in found}
-        return sorted((row for row in rows if off[row.name] > ANOTHER), key=lambda row: -off[row.name])
+        doubts = {row["name"]: doubt(row, found) for row in found}
+        return sorted((row for row in rows if doubts[row.name] > 1), key=lambda row: -doubts[row.name])
 
     def keep(self, found: dict) -> None:
-        """Keeps what was measured; of a row that is there already, what met the more usual machine."""
+        """Keeps what was measured; of a row that is there already, what is less in doubt."""
         rows = self.results["rows"]
         was = next((row for row in rows if row["name"] == found["name"]), None)
         if was is None:
             rows.append(found)
-        elif "error" in was or ("error" not in found and abs(elsewhere(found, rows)) < abs(elsewhere(was, rows))):
+        elif "error" in was or ("error" not in found and doubt(found, rows) < doubt(was, rows)):
             rows[rows.index(was)] = found
         self.save()
 
