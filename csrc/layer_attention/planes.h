@@ -167,7 +167,8 @@ void forward_planes_of(const LayerAttentionForward<T>& a) {
     using A = Acc<T>;
     const int64_t HW = a.shape.HW(), C = a.shape.C, pitch = round_up(HW, kLanes<A>);
     const PlaneBlocks blocks(a.shape, pitch, sizeof(A));
-    const bool past = go_past_caches(a.shape, a.shape.W, a.value, a.scale ? a.out : a.o);
+    const bool past = a.scale ? go_past_caches(a.shape, a.shape.W, a.value, a.out)
+                              : go_past_caches(a.shape, a.shape.W, a.value, a.o, a.layers + 2);
     parallel(a.shape.B * blocks.per_sample, a.layers * blocks.planes * HW, [&](int64_t begin, int64_t end) {
         const Scratch<A> sums(blocks.planes * pitch, A(0));  // a plane ends in zeros
         const Scratch<T> zeros(a.shape.W, T(0));
@@ -225,7 +226,7 @@ void backward_planes_of(const LayerAttentionBackward<T>& a) {
     constexpr int N = kLanes<A>;
     const int64_t HW = a.shape.HW(), C = a.shape.C, pitch = round_up(HW, N);
     const PlaneBlocks blocks(a.shape, pitch, 2 * sizeof(A));
-    const bool past = go_past_caches(a.shape, a.shape.W, a.grad_o, a.grad_x);
+    const bool past = go_past_caches(a.shape, a.shape.W, a.grad_o, a.grad_x, a.layers + a.later + 5);
     parallel(a.shape.B * blocks.per_sample, (2 * a.layers + a.later + 9) * blocks.planes * HW,
              [&](int64_t begin, int64_t end) {
                  const Scratch<A> grads(blocks.planes * pitch), value_grads(blocks.planes * pitch);
