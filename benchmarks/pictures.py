@@ -156,11 +156,11 @@ def _lanes(question: str, rows: list[dict], forms: Sequence[str]) -> dict[str, t
 
 def _bars_say(groups: dict[tuple[str, str], list[dict]]) -> str:
     rows = [row for group in groups.values() for row in group if row["labels"][""] == "train step"]
-    both = [row for row in rows if "literal" in row["over_ours"]]
-    if not both:
+    ours, literal = ([ratio(r, form) - 1 for r in rows if form in r["over_ours"]] for form in ("fused", "literal"))
+    if not literal:
         return "Time of layer interactions beside the plain network"
-    ours, literal = (_span([ratio(row, form) - 1 for row in both]) for form in ("fused", "literal"))
-    return f"A layer interaction's part of a training step: {ours} of the plain one, written out literally {literal}"
+    said = f"Layer interactions add {_span(ours)} to a training step"
+    return f"{said}; literal ones, where measured, {_span(literal)}"
 
 
 @mpl.rc_context(STYLE)
