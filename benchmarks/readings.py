@@ -83,5 +83,5 @@ def elsewhere(row: dict, rows: Sequence[dict]) -> float:
 
 
 def doubt(row: dict, rows: Sequence[dict]) -> float:
-    """Over 1 for a row that met another machine than most, or one that did other work; an error raises none."""
+    """Over 1 for a row that met another machine than most, or one that did other work; 0 for an error."""
     return 0.0 if "error" in row else max(abs(elsewhere(row, rows)) / ANOTHER, unrest(row) / DISTURBED)

@@ -146,7 +146,7 @@ class LightStage(_AttentionStage):
         state = carried = carried_gap = x_gap = None
         carries_output = self.config.carry == "output"
         carry_weight = None if self.carry_conv is None else self.carry_conv.weight
-        hooked = any(map(has_hooks, self.attention))
+        hooked = any(map(has_hooks, self.attention))  # a hook may keep what the next layer would write over
         for block, attention in zip(self.blocks, self.attention, strict=True):
             before, last = x, block is self.blocks[-1]
             x, y, shortcut = self.output_of(block, x)

@@ -84,7 +84,7 @@ def light_update(
         need_o: whether ``o`` itself is needed, as what the next layer carries. Inference then writes it.
         backend: see :mod:`dla_kernels.backend`.
         inplace: whether ``out`` may be ``x`` itself, written over, as in :func:`norm_residual`, and ``o`` may be
-            ``carried``; so where nothing drops and both are contiguous and apart, ``o`` where there is no
+            ``carried``: where nothing drops, both are contiguous and share no memory, and for ``o`` there is no
             ``carry_weight``.
 
     Returns:
