@@ -41,6 +41,18 @@ struct Inputs {
     Tensor y, query_weight, key_weight, value_weight;
     std::optional<Tensor> carried, carry_scale, gate, carry_weight;
 
+    Inputs(const Tensor& y, const Tensor& query_weight, const Tensor& key_weight, const Tensor& value_weight,
+           const std::optional<Tensor>& carried, const std::optional<Tensor>& carry_scale,
+           const std::optional<Tensor>& gate, const std::optional<Tensor>& carry_weight, bool channels_last)
+        : y(dense(y)),
+          query_weight(dense(query_weight)),
+          key_weight(dense(key_weight)),
+          value_weight(dense(value_weight)),
+          carried(in_layout(carried, channels_last)),
+          carry_scale(dense(carry_scale)),
+          gate(dense(gate)),
+          carry_weight(dense(carry_weight)) {}
+
     template <class A>
     LightUpdateWeights<A> weights(const Attention<A>& attention) const {
         return {attention.weights, data_of<A>(value_weight), data_of<A>(carry_scale), data_of<A>(gate),
@@ -58,14 +70,7 @@ std::tuple<Tensor, Tensor, Tensor> light_update_forward(const Tensor& x_, const 
                                                         const std::optional<Tensor>& carry_weight, int64_t head_dim) {
     const Tensor x = walkable(x_);
     const bool channels_last = is_channels_last(x);
-    const Inputs in{dense(y),
-                    dense(query_weight),
-                    dense(key_weight),
-                    dense(value_weight),
-                    in_layout(carried, channels_last),
-                    dense(carry_scale),
-                    dense(gate),
-                    dense(carry_weight)};
+    const Inputs in(y, query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight, channels_last);
     const Shape s = shape_of(x);
     const Tensor o = new_like(x), mean = new_tensor(y, {s.B, s.C}), var = new_tensor(y, {s.B, s.C});
     on_dtype(x, [&](auto* type) {
@@ -91,14 +96,7 @@ std::tuple<Tensor, Tensor> fold(const Tensor& x, const Tensor& out, const Tensor
                                 const Tensor& mean_, const Tensor& var_, const Tensor& weight_, const Tensor& bias_,
                                 double eps, int64_t head_dim) {
     const bool channels_last = is_channels_last(x);
-    const Inputs in{dense(y),
-                    dense(query_weight),
-                    dense(key_weight),
-                    dense(value_weight),
-                    in_layout(carried, channels_last),
-                    dense(carry_scale),
-                    dense(gate),
-                    dense(carry_weight)};
+    const Inputs in(y, query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight, channels_last);
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_), bias = dense(bias_);
     const Shape s = shape_of(x);
     const Tensor out_mean = new_tensor(y, {s.B, s.C}), o_mean = new_tensor(y, {s.B, s.C});
@@ -166,14 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const bool channels_last = is_channels_last(o);
     const Tensor grad_out = in_layout(grad_out_, channels_last), x = in_layout(x_, channels_last);
     const auto grad_o = in_layout(grad_o_, channels_last);
-    const Inputs in{dense(y),
-                    dense(query_weight),
-                    dense(key_weight),
-                    dense(value_weight),
-                    in_layout(carried, channels_last),
-                    dense(carry_scale),
-                    dense(gate),
-                    dense(carry_weight)};
+    const Inputs in(y, query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight, channels_last);
     const auto grad_out_mean = dense(grad_out_mean_), grad_o_mean = dense(grad_o_mean_);
     const auto sum_weight = dense(sum_weight_), sum_bias = dense(sum_bias_), keep = dense(keep_);
     const Tensor mean = dense(mean_), var = dense(var_), weight = dense(weight_);
