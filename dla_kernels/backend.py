@@ -55,9 +55,13 @@ def preference(device: torch.device, op: str | None = None) -> tuple[str, ...]:
     """The backends of an op on ``device``, the one that "auto" prefers first."""
     if not measured.FASTEST or device.type != "cuda":
         return BACKENDS
-    major, minor = torch.cuda.get_device_capability(device)
-    first = measured.FASTEST.get(f"{major}.{minor}", {}).get(op, BACKENDS[0])
+    first = measured.FASTEST.get(_capability(device), {}).get(op, BACKENDS[0])
     return first, *(name for name in BACKENDS if name != first)
+
+
+@torch.compiler.assume_constant_result  # a compiler does not see into a device
+def _capability(device: torch.device) -> str:
+    return "{}.{}".format(*torch.cuda.get_device_capability(device))
 
 
 def choose(device: torch.device, backend: str | None = None, op: str | None = None) -> str:

@@ -1,6 +1,7 @@
 """The native libraries: loaded once, and where that fails, the cause is kept instead of raised."""
 
 import ctypes
+import functools
 import importlib
 import sysconfig
 from collections.abc import Callable
@@ -48,6 +49,13 @@ _CUDA_LIBRARY = Path(__file__).with_name(f"_C_cuda{sysconfig.get_config_var('EXT
 CUDA_ERROR: str | None = _load_cuda()
 
 
+def _cuda_text(function: str) -> str:
+    call = getattr(ctypes.CDLL(str(_CUDA_LIBRARY)), function)
+    call.restype = ctypes.c_char_p
+    return call().decode()
+
+
+@torch.compiler.assume_constant_result  # a compiler sees neither into a library nor into a device
 def why_not(device: torch.device) -> str | None:
     """Why the native kernels cannot run on ``device``; None where they can."""
     if ERROR is not None:
@@ -56,8 +64,11 @@ def why_not(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"its kernels run on cpu and cuda, not on {device.type}"
-    if CUDA_ERROR is not None:
-        return CUDA_ERROR
+    return CUDA_ERROR or _not_built_for(device)
+
+
+@functools.cache  # every op asks at every call
+def _not_built_for(device: torch.device) -> str | None:
     architectures = _cuda_text("dla_cuda_architectures")
     if not torch.cuda.is_available() or _runs_on(torch.cuda.get_device_capability(device), architectures):
         return None
@@ -73,12 +84,6 @@ def _runs_on(capability: tuple[int, int], architectures: str) -> bool:
         if built == capability or (not exact and built <= capability and (ptx or built[0] == capability[0])):
             return True
     return False
-
-
-def _cuda_text(function: str) -> str:
-    call = getattr(ctypes.CDLL(str(_CUDA_LIBRARY)), function)
-    call.restype = ctypes.c_char_p
-    return call().decode()
 
 
 def library_ops(op: str, **fakes: Callable) -> SimpleNamespace:

@@ -118,6 +118,21 @@ def test_only_auto_falls_back(monkeypatch):
 
 
 @needs_native
+@pytest.mark.skipif(native.CUDA_ERROR is not None, reason=str(native.CUDA_ERROR))
+def test_a_compiler_does_not_look_into_the_device(monkeypatch):
+    monkeypatch.setattr(native, "_not_built_for", torch.compiler.disable(lambda device: None))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", torch.compiler.disable(lambda device: (9, 0)))
+    monkeypatch.setattr(measured, "FASTEST", {"9.0": {"light_update": "reference"}})
+    gpu = torch.device("cuda", 7)
+
+    def chosen(x):
+        names = [backend.choose(gpu, op=op) for op in ("light_update", "gap_dsu")]
+        return x + 1 if names == ["reference", "native"] else x
+
+    torch._dynamo.reset()
+    assert torch.compile(chosen, fullgraph=True, backend="eager")(torch.zeros(1)) == 1
+
+
 def test_native_runs_on_cpu_and_cuda_only():
     meta = torch.device("meta")
     assert backend.choose(meta) == "reference"
