@@ -25,3 +25,10 @@ def _same_start(request):
     torch.set_default_device(device)
     yield
     torch.set_default_device(None)
+
+
+@pytest.fixture
+def on_cpu():
+    """For what only the CPU's kernels do, whatever --device says."""
+    with torch.device("cpu"):
+        yield

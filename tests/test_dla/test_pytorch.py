@@ -25,6 +25,13 @@ def images(batch):
     return torch.randn(batch, 3, 8, 8, dtype=torch.float64)
 
 
+def assert_same_gradients(model, actual, expected):
+    """What a BatchNorm takes away, such as the bias of the one before it, has rounding errors for a gradient."""
+    largest = max(gradient.norm() for gradient in expected)
+    for (key, _), a, b in zip(model.named_parameters(), actual, expected, strict=True):
+        assert_close(a, b, 1e-9, key, at_least=1e-6 * largest)
+
+
 @pytest.mark.parametrize("name", ["resnet20_dla_b", "resnet20_dla_l"])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_compiles_to_one_graph_forward_and_backward(name, config):
@@ -33,11 +40,9 @@ def test_compiles_to_one_graph_forward_and_backward(name, config):
     x = images(4)
     expected, got = eager(x), compiled(x)
     assert_close(got, expected, 1e-12)
-    pairs = zip(
-        gradients([got], list(model.parameters())), gradients([expected], list(eager.parameters())), strict=True
+    assert_same_gradients(
+        eager, gradients([got], list(model.parameters())), gradients([expected], list(eager.parameters()))
     )
-    for (key, _), (a, b) in zip(model.named_parameters(), pairs, strict=True):
-        assert_close(a, b, 1e-9, key)
     for (key, a), b in zip(model.named_buffers(), eager.buffers(), strict=True):
         assert_close(a, b, 1e-12, key)
 
@@ -105,8 +110,7 @@ def test_activation_checkpointing_changes_no_gradient(name, config):
             x = checkpoint(getattr(other, stage), x, use_reentrant=False)
         return other.forward_head(x)
 
-    for (key, _), a, b in zip(model.named_parameters(), gradients([stages(x)], others), expected, strict=True):
-        assert_close(a, b, 1e-9, key)
+    assert_same_gradients(model, gradients([stages(x)], others), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -82,6 +82,7 @@ def test_opcheck_of_inference(op, monkeypatch):
     ("op", "library_op"),
     [("norm_residual", "forward_"), ("light_update", "folded_"), ("layer_attention", "folded_")],
 )
+@pytest.mark.usefixtures("on_cpu")
 def test_opcheck_in_place(op, library_op, monkeypatch):
     call = TYPICAL[op](dtype=torch.float32, statistics="running", keep=False)
     call.options["inplace"] = True

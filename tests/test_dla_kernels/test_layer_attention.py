@@ -188,6 +188,7 @@ def test_low_precision_maps_accumulate_in_float32(backend, dtype):
     assert pooled.dtype == key.dtype == torch.float32
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.skipif(native.ERROR is not None, reason=str(native.ERROR))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -148,6 +148,7 @@ def test_o_is_left_out_where_it_is_not_needed(backend):
     assert_close(o_mean, expected[3], 1e-15)
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 # A single pixel, then in vectors: one, two, four, and others.
 @pytest.mark.parametrize("size", [(1, 1), *((6, width) for width in (1, 7, 8, 14, 16, 28, 32, 56, 64, 75))])
@@ -174,6 +175,7 @@ def test_in_place_gives_the_same_bits(left_out, size, dtype):
         assert scaled or torch.equal(given["carried"], args["carried"])
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("left_out", [(), ("carry_weight",)], ids=["filtered", "scaled"])
 def test_in_place_without_o_leaves_what_is_carried(left_out):
     args = arguments(2, 5, 6, 7, left_out)
@@ -186,6 +188,7 @@ def test_in_place_without_o_leaves_what_is_carried(left_out):
     assert torch.equal(args["carried"], carried)
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_in_place_leaves_what_others_need():
     args = arguments(2, 5, 6, 7, ("carry_weight",))
     norm = batch_norm(5, running_mean=torch.rand(5).double(), running_var=torch.rand(5).double(), training=False)

@@ -176,6 +176,7 @@ def in_place(x, o, **settings):
     return expected, norm_residual(x, again, norm, inplace=True, **settings), again
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.skipif(native.ERROR is not None, reason=str(native.ERROR))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shortcut", [None, *LAYOUTS])
@@ -192,6 +193,7 @@ def test_in_place_gives_the_same_bits(shape, layout, shortcut, dtype):
     assert_close(y, expected[1], 1e-6, "y")  # the layout of x, which the other form takes, says in which order it sums
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_in_place_writes_only_over_what_nothing_else_needs():
     x, o, _, _ = arguments(3, 8, 5, 7)
     with torch.no_grad():
@@ -208,6 +210,7 @@ def test_in_place_writes_only_over_what_nothing_else_needs():
     assert out.data_ptr() != given.data_ptr()
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.skipif(native.ERROR is not None, reason=str(native.ERROR))
 def test_autograd_sees_what_was_written_over():
     o = torch.randn(2, 4, 3, 3, requires_grad=True)
@@ -219,6 +222,7 @@ def test_autograd_sees_what_was_written_over():
         square.sum().backward()
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.skipif(native.ERROR is not None, reason=str(native.ERROR))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_in_place_in_inference_mode(layout):
