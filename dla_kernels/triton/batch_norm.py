@@ -40,17 +40,20 @@ def pooled_gradient(grad_y, b, c, C, HW, A: tl.constexpr, BLOCK_C: tl.constexpr)
 
 @triton.jit
 def means(sum_weight, sum_bias, count, c, C):
-    """What flows back through the batch statistics, for each value; None where they are constants."""
+    """What flows back through the batch statistics, for each value: a pair, or () where they are constants.
+
+    Triton 3.6 returns no None inside of a tuple.
+    """
     if sum_weight is None:
-        return None, None
+        return ()
     else:
         return vector(sum_weight, c, C) / count, vector(sum_bias, c, C) / count
 
 
 @triton.jit
-def through_norm(grad, deviation, inverse, scale, mean_bias, mean_weight):
-    """The gradient of o from that of normed; the last two are None where the statistics are constants."""
-    if mean_bias is None:
+def through_norm(grad, deviation, inverse, scale, back):
+    """The gradient of o from that of normed and what :func:`means` returns."""
+    if len(back) == 0:
         return scale * grad
     else:
-        return scale * (grad - mean_bias - deviation * inverse * mean_weight)
+        return scale * (grad - back[1] - deviation * inverse * back[0])

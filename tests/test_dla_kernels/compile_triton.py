@@ -114,6 +114,7 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memor
         op.forward(None, m(), *(v(C) for _ in range(4)), None, 1e-5, 1)
         op.sums(m(), None, m(), None, *vectors, None, 1e-5, 1, False)
         op.backward(m(), None, m(), None, *vectors, v(C), v(C), None, 1e-5, 1, 9, False)
+        op.backward(m(), None, m(), None, *vectors, None, None, None, 1e-5, 0, 9, True)
 
     def light_update(op):
         for carry in ((m(), v(C), v(B, C), None), (m(), v(C), v(B, C), v(C, 1, 3, 3))):
@@ -123,6 +124,11 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memor
             op.backward(
                 m(), v(B, C), m(), v(B, C), m(), *(v(C) for _ in range(5)), v(B), 1e-5, 9, *attention, 32, True, True
             )  # fmt: skip
+        alone = *attention[:5], None, None, None, None
+        op.forward(*alone, 32)
+        op.folded(*alone, v(C), v(C), v(C), v(C), 1e-5, 32, False)
+        constants = v(C), v(C), v(C), None, None
+        op.backward(m(), None, None, None, m(), *constants, None, 1e-5, 9, *alone, 32, False, False)
 
     def layer_attention(op):
         T = 20  # a launch of 16 maps, which hands its sum to one of 4
@@ -135,6 +141,10 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memor
                 m(), m(), v(B, C), v(B, C), m(), *(v(C) for _ in range(6)), v(B), 1e-5, 9, v(B, C), v(B, T, C),
                 *attention, values, [m() for _ in range(T)], [v(B, T + j + 1, C) for j in range(T)], 32, True, True,
             )  # fmt: skip
+        op.backward(
+            m(), None, None, None, m(), *(v(C) for _ in range(4)), None, None, None, 1e-5, 9, v(B, C), v(B, T, C),
+            *attention, values, [], [], 32, False, True,
+        )  # fmt: skip
 
     def gap_dsu(op):
         for joint in (True, False):

@@ -209,13 +209,13 @@ def _backward(
     A: tl.constexpr = mean.dtype.element_ty
     inside = inside_of(area, left, c, left + tl.arange(0, BLOCK_P))
     center, inverse, scale, shift = normalisation(mean, var, weight, bias, c, C, EPS)
-    mean_weight, mean_bias = means(sum_weight, sum_bias, values_per_channel, c, C)
+    back = means(sum_weight, sum_bias, values_per_channel, c, C)
     deviation = load(o, b, c, left, inside, A) - center
     grad = load(grad_out, b, c, left, inside, A)
     if keep is not None:
         grad *= tl.load(keep + b)
     grad = tl.where(deviation * scale + shift <= 0, 0.0, grad)
-    d = tl.where(inside, through_norm(grad, deviation, inverse, scale, mean_bias, mean_weight), 0.0)
+    d = tl.where(inside, through_norm(grad, deviation, inverse, scale, back), 0.0)
     if grad_o is not None:
         store(grad_o, b, c, left, inside, d)
     for m in tl.static_range(len(values)):

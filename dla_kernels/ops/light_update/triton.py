@@ -207,7 +207,7 @@ def _backward(
         center, inverse, scale, _ = normalisation(mean, var, weight, weight, c, C, EPS)
     from_out = pooled_gradient(grad_out_mean, b, c, C, area.height * W, A, BLOCK_C)
     from_o = pooled_gradient(grad_o_mean, b, c, C, area.height * W, A, BLOCK_C)
-    mean_weight, mean_bias = means(sum_weight, sum_bias, count, c, C)
+    back = means(sum_weight, sum_bias, count, c, C)
     factor = tl.full((), 1, A)
     if keep is not None:
         factor = tl.load(keep + b)
@@ -248,7 +248,7 @@ def _backward(
                     own = grad
                 of_o = load(o, b, c, first, exists, A)
                 if weight is not None:
-                    of_o = through_norm(grad * factor, of_o - center, inverse, scale, mean_bias, mean_weight)
+                    of_o = through_norm(grad * factor, of_o - center, inverse, scale, back)
                 if grad_o is not None:
                     of_o += load(grad_o, b, c, first, exists, A)
                 d = d + (tl.where(exists, of_o + from_o, 0.0),)

@@ -128,7 +128,7 @@ def _backward(
     A: tl.constexpr = mean.dtype.element_ty
     center, inverse, scale, shift = normalisation(mean, var, weight, bias, c, C, EPS)
     pooled = pooled_gradient(grad_y, b, c, C, HW, A, BLOCK_C)
-    mean_weight, mean_bias = means(sum_weight, sum_bias, count, c, C)
+    back = means(sum_weight, sum_bias, count, c, C)
     for start in range(left, left + columns, BLOCK_P):
         inside = inside_of(area, left, c, start + tl.arange(0, BLOCK_P))
         grad = incoming(grad_out, pooled, out, b, c, start, inside, A, RELU)
@@ -139,7 +139,7 @@ def _backward(
             grad *= tl.load(keep + b)
         if RELU == 1:
             grad = tl.where(deviation * scale + shift <= 0, 0.0, grad)
-        store(grad_o, b, c, start, inside, through_norm(grad, deviation, inverse, scale, mean_bias, mean_weight))
+        store(grad_o, b, c, start, inside, through_norm(grad, deviation, inverse, scale, back))
 
 
 def moments(o: Tensor) -> tuple[Tensor, Tensor]:
