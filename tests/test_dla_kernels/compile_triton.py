@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler.code_generator import CodeGenerator
 from triton.runtime import jit
 
 from dla_kernels.triton import tuning
@@ -81,6 +82,27 @@ def compile_only(seen: set[str]):
         return compiled
 
     return run
+
+
+def refuse_lost_variables() -> None:
+    """Fails where a loop assigns to a variable that the compiler does not carry from turn to turn.
+
+    It carries those whose value after one turn is not that from before the loop. So ``a = b`` is lost where a and b
+    begin as the same value, though b changes; the interpreter runs it as Python does.
+    """
+    visit, find = CodeGenerator.visit_compound_statement, CodeGenerator._find_carries
+
+    def visit_body(self, statements):
+        visit(self, statements)
+        self.assigned = set(self.local_defs)
+
+    def find_carries(self, node, liveins, ignore=frozenset()):
+        names, *rest = find(self, node, liveins, ignore)
+        lost = (self.assigned & set(liveins)) - {*names, *ignore}
+        assert not lost, f"lost in a loop: {sorted(lost)}"
+        return names, *rest
+
+    CodeGenerator.visit_compound_statement, CodeGenerator._find_carries = visit_body, find_carries
 
 
 def every_tile(kernel, x, tiles, launch, variant=0):
@@ -165,9 +187,15 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memor
     return {f.__name__: f for f in (gap_dsu, layer_attention, light_update, norm_residual, refresh_gates)}
 
 
-def main(capability: str, shape: str, layout: str, dtype: str, tiles: str, *ops: str) -> None:
-    triton.runtime.driver.set_active(Driver(int(capability)))
+def prepare(capability: int) -> None:
+    """From here on a launch compiles for such a GPU, and prints."""
+    triton.runtime.driver.set_active(Driver(capability))
     jit.JITFunction.run = compile_only(set())
+    refuse_lost_variables()
+
+
+def main(capability: str, shape: str, layout: str, dtype: str, tiles: str, *ops: str) -> None:
+    prepare(int(capability))
     if tiles != "default":
         tuning.run = every_tile
     memory_format = {"planes": torch.contiguous_format, "rows": torch.channels_last}[layout]

@@ -79,6 +79,31 @@ def test_sees_planes_that_begin_at_any_address():
     check(unaligned, 90, "planes", "bfloat16", aligned=False)
 
 
+@pytest.mark.parametrize("lost", [True, False])
+def test_sees_a_variable_that_a_loop_would_lose(tmp_path, lost):
+    file = tmp_path / "planted.py"
+    file.write_text(f"""
+import compile_triton, torch, triton, triton.language as tl
+
+@triton.jit
+def shift(x, y, n):
+    here = tl.zeros([16], tl.float32)
+    above = {"here" if lost else "tl.zeros([16], tl.float32)"}
+    for i in range(n):
+        tl.store(y + 16 * i + tl.arange(0, 16), above)
+        above = here
+        here = tl.load(x + 16 * i + tl.arange(0, 16))
+
+compile_triton.prepare(90)
+shift[(1,)](torch.empty(99), torch.empty(99), 2)
+""")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), environment.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, file], capture_output=True, text=True, env=environment)
+    assert (done.returncode != 0) == lost, done.stderr
+    assert ("lost in a loop: ['above']" in done.stderr) == lost
+
+
 @pytest.mark.slow
 def test_sees_a_tile_of_more_elements_than_registers():
     with pytest.raises(AssertionError, match="spills: "):

@@ -227,14 +227,15 @@ def _backward(
     for start in range(left, left + columns, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         inside = inside_of(area, left, c, p)
-        # Of the row above and of this one: the maps, and what flows to them so far.
-        x_above = zero
+        # Of the row above and of this one: the maps, and what flows to them so far. A map above begins as a zero of its
+        # own: after a turn it is what the one here was, and what a loop leaves as it was Triton takes for constant.
+        x_above = tl.zeros([BLOCK_C, BLOCK_P], A)
         x_here = zero
         above = zero
         here = zero
         residual = zero
         if carry_weight is not None:
-            carried_above = zero
+            carried_above = tl.zeros([BLOCK_C, BLOCK_P], A)
             carried_here = zero
             carry_above = zero
             carry_here = zero
