@@ -7,20 +7,18 @@
 namespace dla {
 namespace {
 
-// The sums of a sample's tile, in every thread of the team that shares a channel.
-template <int kAtOnce, class W, class T, class A = Acc<T>>
-__device__ __forceinline__ void add_up(const W& walk, const Map<const T>& map, int64_t b, A* shared,
-                                       A (&total)[W::kChannels]) {
-    const T* x = map.at(b, walk.c, 0);
-    walk.template each_vector<kAtOnce>([&](unsigned p) { return fetch<W::N>(x + p * map.pixel); },
-                                       [&](unsigned, const Word<T, W::N>& word) {
-                                           A value[W::N];
-                                           unpack<T>(word, value);
+// Adds a thread's vectors of a map to its channels' sums.
+template <class W, class T, class A = Acc<T>>
+struct Add {
+    A (&total)[W::kChannels];
+
+    __device__ __forceinline__ void operator()(int, const Word<T, W::N> (&words)[1]) const {
+        A value[W::N];
+        unpack<T>(words[0], value);
 #pragma unroll
-                                           for (int i = 0; i < W::N; ++i) total[W::kRows ? i : 0] += value[i];
-                                       });
-    walk.team_sums(total, shared);
-}
+        for (int i = 0; i < W::N; ++i) total[W::kRows ? i : 0] += value[i];
+    }
+};
 
 template <class W, class A>
 __device__ __forceinline__ void write(const W& walk, const A (&total)[W::kChannels], A pixels, A* to) {
@@ -35,8 +33,11 @@ __global__ void __launch_bounds__(WalkPlan::kThreads) pool(const Pool a, A* y, A
     const W walk(a.shape, plan);
     const int64_t C = a.shape.C;
     walk.each_sample([&](int64_t b) {
+        A* const shared = shared_memory<A>();
         A total[W::kChannels] = {};
-        add_up<4>(walk, a.map<T>(), b, shared_memory<A>(), total);
+        const Cursor<const T> maps[] = {walk.cursor(a.map<T>(), b)};
+        walk.each_vector(maps, shared + W::kShared, Add<W, T>{total});
+        walk.team_sums(total, shared);
         if (plan.runs > 1) {
             write(walk, total, A(1), parts + (b * plan.runs + walk.run) * C);
         } else {
@@ -56,13 +57,15 @@ struct PoolRows {
     template <class W, class T>
     __device__ __forceinline__ void operator()(W*, T*) const {
         constexpr int kAtOnce = sizeof(Word<T, W::N>) < 8 ? 16 : 128 / sizeof(Word<T, W::N>);
-        const WalkPlan plan(ceil_div(a.shape.C, W::kTile), a.shape);
+        const WalkPlan plan(a.shape, W::lanes(a.shape.C), W::kChannels);
         const int64_t first = blockIdx.y * kDsuWarps<A> + threadIdx.x / kWarp, step = gridDim.y * kDsuWarps<A>;
         for (int64_t k = first; k < plan.tiles * kDsuRows; k += step) {
             if (!rows.has(k % kDsuRows)) continue;
             const W walk(a.shape, plan, static_cast<int>(k / kDsuRows), 0);
             A total[W::kChannels] = {};
-            add_up<kAtOnce>(walk, a.map<T>(), rows.row(k % kDsuRows), static_cast<A*>(nullptr), total);
+            const Cursor<const T> maps[] = {walk.cursor(a.map<T>(), rows.row(k % kDsuRows))};
+            walk.template each_vector<kAtOnce>(maps, Add<W, T>{total});
+            walk.warp_sums(total);
             write(walk, total, A(a.shape.HW()), y + rows.row(k % kDsuRows) * a.shape.C);
         }
     }
@@ -74,11 +77,11 @@ template <class T, class Body>
 DLA_HOST_DEVICE __forceinline__ void on_walk_of(const Pool& a, const Body& body) {
     T* const type = nullptr;
     if (a.channels_last) {
-        constexpr int N = kRowVector<T>;
+        constexpr int N = kWalkVector<T>;
         a.vectors ? body(static_cast<Walk<T, N, true>*>(nullptr), type)
                   : body(static_cast<Walk<T, 1, true>*>(nullptr), type);
     } else {
-        constexpr int N = kPlaneVector<T>;
+        constexpr int N = kWalkVector<T>;
         a.vectors ? body(static_cast<Walk<T, N, false>*>(nullptr), type)
                   : body(static_cast<Walk<T, 1, false>*>(nullptr), type);
     }
@@ -241,12 +244,8 @@ __global__ void __launch_bounds__(kDsuThreads<A>, 1)
 
 }  // namespace
 
-// Whether GAP is a launch of its own. Warps keep the chip busy where tiles are many, and are done soon where these are
-// small.
-bool pools_apart(const Shape& s, const WalkPlan& plan) {
-    constexpr int64_t kMany = 1024, kSmall = 256;
-    return s.HW() > kSmall && s.B * plan.tiles < kMany;
-}
+// Whether GAP is a launch of its own. The step's warps are few, and done soon only where tiles are small.
+bool pools_apart(const Shape& s) { return s.HW() > 256; }
 
 template <class A>
 int64_t gap_dsu_forward_scratch(GapDsuForward<A>& a) {
@@ -255,13 +254,15 @@ int64_t gap_dsu_forward_scratch(GapDsuForward<A>& a) {
     on_map<A>(p, [&](auto*, auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         const auto map = p.map<T>();
-        p.vectors = p.channels_last ? in_vectors<kRowVector<T>>(map, p.shape.C)
-                                    : in_vectors<kPlaneVector<T>>(map, p.shape.HW());
+        p.vectors = p.channels_last ? in_vectors<kWalkVector<T>>(map, p.shape.C)
+                                    : in_vectors<kWalkVector<T>>(map, p.shape.HW());
     });
     int64_t runs = 1;
-    on_map<A>(p, [&](auto* walk, auto*) {
-        const WalkPlan plan = std::remove_pointer_t<decltype(walk)>::plan(p.shape);
-        if (pools_apart(p.shape, plan)) runs = plan.runs;
+    on_map<A>(p, [&](auto* walk, auto* type) {
+        using W = std::remove_pointer_t<decltype(walk)>;
+        const WalkPlan plan = W::plan(p.shape);
+        W::check(p.map<std::remove_pointer_t<decltype(type)>>());
+        if (pools_apart(p.shape)) runs = plan.runs;
     });
     return runs > 1 ? a.B * runs * a.dsu.C : 0;
 }
@@ -276,12 +277,12 @@ void gap_dsu_forward(const GapDsuForward<A>& a, cudaStream_t stream) {
             using W = std::remove_pointer_t<decltype(walk)>;
             using T = std::remove_pointer_t<decltype(type)>;
             const WalkPlan plan = W::plan(s);
-            if (!pools_apart(s, plan)) {
+            if (!pools_apart(s)) {
                 phases |= 1u << kPool;
                 return;
             }
-            launch(pool<W, T>, plan.grid(), WalkPlan::kThreads, W::kShared * sizeof(A), stream, a.pool, a.pooled,
-                   a.parts, plan);
+            launch(pool<W, T>, plan.grid(), WalkPlan::kThreads, W::kShared * sizeof(A) + W::template kRing<1>, stream,
+                   a.pool, a.pooled, a.parts, plan);
             if (plan.runs == 1) return;
             launch_join(join_means<A>, s.B, s.C, stream, static_cast<const A*>(a.parts), plan.runs, s.B, s.C, A(s.HW()),
                         a.pooled);

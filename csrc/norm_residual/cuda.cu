@@ -9,11 +9,6 @@ namespace {
 
 constexpr int kThreads = WalkPlan::kThreads;
 
-// Vectors that a thread has in flight in the kernels that read several maps: two, but one where a vector's channels
-// already fill the registers.
-template <class W>
-constexpr int kUnroll = W::kChannels > 4 ? 1 : 2;
-
 template <class A>
 __device__ __forceinline__ A rectify(A v) {
     return v <= A(0) ? A(0) : v;  // a NaN passes, as in torch
@@ -28,20 +23,19 @@ __global__ void __launch_bounds__(kThreads) moments(const NormMoments<T> a, cons
     const int warp = threadIdx.x / kWarp, lane = walk.lane;
     walk.each_sample([&](int64_t b) {
         A count = 0, mean[W::N] = {}, deviations[W::N] = {};
-        const T* o = a.o.at(b, walk.c, 0);
-        walk.template each_vector<4>([&](unsigned p) { return fetch<W::N>(o + p * a.o.pixel); },
-                                     [&](unsigned, const Word<T, W::N>& word) {
-                                         A value[W::N];
-                                         unpack<T>(word, value);
-                                         count += A(1);
-                                         const A share = A(1) / count;
+        const Cursor<const T> maps[] = {walk.cursor(a.o, b)};
+        walk.each_vector(maps, shared + W::kShared, [&](int, const Word<T, W::N>(&words)[1]) {
+            A value[W::N];
+            unpack<T>(words[0], value);
+            count += A(1);
+            const A share = reciprocal(count);
 #pragma unroll
-                                         for (int i = 0; i < W::N; ++i) {
-                                             const A apart = value[i] - mean[i];
-                                             mean[i] += apart * share;
-                                             deviations[i] += apart * (value[i] - mean[i]);
-                                         }
-                                     });
+            for (int i = 0; i < W::N; ++i) {
+                const A apart = value[i] - mean[i];
+                mean[i] += apart * share;
+                deviations[i] += apart * (value[i] - mean[i]);
+            }
+        });
         Moments<A> merged[W::kChannels];
 #pragma unroll
         for (int i = 0; i < W::N; ++i) {
@@ -53,19 +47,20 @@ __global__ void __launch_bounds__(kThreads) moments(const NormMoments<T> a, cons
             }
         }
 #pragma unroll
-        for (int i = 0; i < W::kChannels; ++i) merged[i] = warp_merge<W::kLanes>(merged[i]);
-        bool writes = threadIdx.x % kWarp < W::kLanes;
+        for (int i = 0; i < W::kChannels; ++i) merged[i] = warp_merge(merged[i], plan.lanes);
+        bool writes = threadIdx.x % kWarp < plan.lanes;
         if (plan.team > kWarp) {
             if (writes) {
 #pragma unroll
-                for (int i = 0; i < W::kChannels; ++i) shared[(warp * W::kLanes + lane) * W::kChannels + i] = merged[i];
+                for (int i = 0; i < W::kChannels; ++i)
+                    shared[(warp * plan.lanes + lane) * W::kChannels + i] = merged[i];
             }
             __syncthreads();
             writes = writes && warp == 0;
             for (int w = 1; writes && w < kThreads / kWarp; ++w) {
 #pragma unroll
                 for (int i = 0; i < W::kChannels; ++i) {
-                    merged[i].merge(shared[(w * W::kLanes + lane) * W::kChannels + i]);
+                    merged[i].merge(shared[(w * plan.lanes + lane) * W::kChannels + i]);
                 }
             }
             __syncthreads();
@@ -89,7 +84,7 @@ template <class W, class A = typename W::A>
 __device__ __forceinline__ void merge_samples(const W& walk, const A* means, const A* vars, int64_t rows, A* shared,
                                               A (&mean)[W::kChannels], A (&var)[W::kChannels]) {
     const int64_t C = walk.s.C;
-    const int first = threadIdx.x / W::kLanes, step = kThreads / W::kLanes;
+    const int first = threadIdx.x / walk.plan_.lanes, step = kThreads / walk.plan_.lanes;
     const bool inside = walk.inside();
     const auto average = [&](A(&v)[W::kChannels], const auto& value) {
 #pragma unroll
@@ -98,7 +93,7 @@ __device__ __forceinline__ void merge_samples(const W& walk, const A* means, con
 #pragma unroll
             for (int i = 0; i < W::kChannels; ++i) v[i] += value(b * C + walk.c + i, i);
         }
-        W::block_sums(v, shared);
+        walk.block_sums(v, shared);
 #pragma unroll
         for (int i = 0; i < W::kChannels; ++i) v[i] /= A(rows);
     };
@@ -117,12 +112,7 @@ __device__ __forceinline__ void merge_samples(const W& walk, const A* means, con
     });
 }
 
-template <class T, int N>
-struct Pair {
-    Word<T, N> x, o;
-};
-
-template <class W, class T>
+template <class W, class T, Relu kRelu>
 __global__ void __launch_bounds__(kThreads) forward(const NormForward<T> a, const WalkPlan plan) {
     using A = Acc<T>;
     const W walk(a.shape, plan);
@@ -132,7 +122,7 @@ __global__ void __launch_bounds__(kThreads) forward(const NormForward<T> a, cons
 #pragma unroll
     for (int i = 0; i < W::kChannels; ++i) {
         const int64_t c = walk.c + i;
-        if (walk.part() == 0 && threadIdx.x < W::kLanes && walk.inside()) {
+        if (walk.part() == 0 && threadIdx.x < plan.lanes && walk.inside()) {
             a.used_mean[c] = mean[i];
             a.used_var[c] = scale[i];
         }
@@ -141,27 +131,24 @@ __global__ void __launch_bounds__(kThreads) forward(const NormForward<T> a, cons
     }
     walk.each_sample([&](int64_t b) {
         const A keep = a.keep ? a.keep[b] : A(1);
-        const T *x = a.x.at(b, walk.c, 0), *o = a.o.at(b, walk.c, 0);
-        T* out = a.out.at(b, walk.c, 0);
+        const Cursor<const T> maps[] = {walk.cursor(a.x, b), walk.cursor(a.o, b)};
+        const Cursor<T> out = walk.cursor(a.out, b);
         A total[W::kChannels] = {};
-        const auto get = [&](unsigned p) {
-            return Pair<T, W::N>{x ? fetch<W::N>(x + p * a.x.pixel) : Word<T, W::N>{}, fetch<W::N>(o + p * a.o.pixel)};
-        };
-        walk.template each_vector<4>(get, [&](unsigned p, const Pair<T, W::N>& words) {
+        walk.each_vector(maps, shared + W::kShared, [&](int at, const Word<T, W::N>(&words)[2]) {
             A residual[W::N], value[W::N];
-            unpack<T>(words.x, residual);
-            unpack<T>(words.o, value);
+            unpack<T>(words[0], residual);
+            unpack<T>(words[1], value);
 #pragma unroll
             for (int i = 0; i < W::N; ++i) {
                 const int j = W::kRows ? i : 0;
                 A normed = (value[i] - mean[j]) * scale[j] + bias[j];
-                if (a.relu == Relu::branch) normed = rectify(normed);
+                if (kRelu == Relu::branch) normed = rectify(normed);
                 A sum = residual[i] + keep * normed;
-                if (a.relu == Relu::sum) sum = rectify(sum);
+                if (kRelu == Relu::sum) sum = rectify(sum);
                 total[j] += sum;
                 value[i] = sum;
             }
-            store(out + p * a.out.pixel, value);
+            store(out[at], value);
         });
         walk.team_sums(total, shared);
         if (walk.walker == 0 && walk.inside()) {
@@ -195,10 +182,24 @@ struct Channels {
     }
 };
 
-// What one vector gives: the gradient of the sum, that of the normalised map, o - mean, and what keep multiplied.
+// Walks the maps that a gradient reads: use(i, words).
+template <Relu kRelu, class W, class T, class Use>
+__device__ __forceinline__ void each_gradient(const W& walk, const NormGradient<T>& a, int64_t b, void* ring,
+                                              const Use& use) {
+    if constexpr (kRelu == Relu::sum) {
+        const Cursor<const T> maps[] = {walk.cursor(a.grad_out, b), walk.cursor(a.o, b), walk.cursor(a.out, b)};
+        walk.each_vector(maps, ring, use);
+    } else {
+        const Cursor<const T> maps[] = {walk.cursor(a.grad_out, b), walk.cursor(a.o, b)};
+        walk.each_vector(maps, ring, use);
+    }
+}
+
+// What one vector gives: the gradient of the sum, that of keep's product with the normalised map, over keep, and o -
+// mean.
 template <class W, class A = typename W::A>
 struct Gradient {
-    A of_sum[W::N], of_normed[W::N], centred[W::N], branch[W::N];
+    A of_sum[W::N], of_branch[W::N], centred[W::N];
 };
 
 // The gradient that reaches a sample's channels through GAP, at every pixel.
@@ -210,47 +211,26 @@ __device__ __forceinline__ void through_gap(const W& walk, const NormGradient<T>
     }
 }
 
-// What a gradient reads of one vector, and where it reads.
-template <class T, int N>
-struct GradientWords {
-    Word<T, N> grad_out, o, out;
-};
+// What a gradient reads: grad_out, o, and under a ReLU of the sum out.
+template <Relu kRelu>
+constexpr int kGradientMaps = kRelu == Relu::sum ? 3 : 2;
 
-template <class W, class T>
-struct GradientSource {
-    const T *grad_out, *o, *out;
-    const NormGradient<T>& a;
-
-    __device__ __forceinline__ GradientSource(const NormGradient<T>& a, const W& walk, int64_t b)
-        : grad_out(a.grad_out.at(b, walk.c, 0)), o(a.o.at(b, walk.c, 0)), out(a.out.at(b, walk.c, 0)), a(a) {}
-
-    __device__ __forceinline__ GradientWords<T, W::N> operator()(unsigned p) const {
-        GradientWords<T, W::N> words;
-        words.grad_out = fetch<W::N>(grad_out + p * a.grad_out.pixel);
-        words.o = fetch<W::N>(o + p * a.o.pixel);
-        if (a.relu == Relu::sum) words.out = fetch<W::N>(out + p * a.out.pixel);
-        return words;
-    }
-};
-
-template <class W, class T, class A = Acc<T>>
-__device__ __forceinline__ Gradient<W> gradient(const NormGradient<T>& a, const Channels<W>& of,
-                                                const A (&gap)[W::kChannels], A keep,
-                                                const GradientWords<T, W::N>& words) {
+template <Relu kRelu, class W, class T, class A = Acc<T>>
+__device__ __forceinline__ Gradient<W> gradient(const Channels<W>& of, const A (&gap)[W::kChannels],
+                                                const Word<T, W::N> (&words)[kGradientMaps<kRelu>]) {
     Gradient<W> g;
-    unpack<T>(words.grad_out, g.of_sum);
-    unpack<T>(words.o, g.centred);
+    unpack<T>(words[0], g.of_sum);
+    unpack<T>(words[1], g.centred);
     A value[W::N] = {};
-    if (a.relu == Relu::sum) unpack<T>(words.out, value);
+    if constexpr (kRelu == Relu::sum) unpack<T>(words[2], value);
 #pragma unroll
     for (int i = 0; i < W::N; ++i) {
         const int j = W::kRows ? i : 0;
         g.of_sum[i] += gap[j];
-        if (a.relu == Relu::sum && value[i] <= A(0)) g.of_sum[i] = 0;
+        if (kRelu == Relu::sum && value[i] <= A(0)) g.of_sum[i] = 0;
         g.centred[i] -= of.mean[j];
-        g.branch[i] = g.centred[i] * of.scale[j] + of.bias[j];
-        g.of_normed[i] = keep * g.of_sum[i];
-        if (a.relu == Relu::branch && g.branch[i] <= A(0)) g.branch[i] = g.of_normed[i] = 0;
+        g.of_branch[i] = g.of_sum[i];
+        if (kRelu == Relu::branch && g.centred[i] * of.scale[j] + of.bias[j] <= A(0)) g.of_branch[i] = 0;
     }
     return g;
 }
@@ -268,7 +248,7 @@ struct Partials {
     }
 };
 
-template <class W, class T>
+template <class W, class T, Relu kRelu>
 __global__ void __launch_bounds__(kThreads) sums(const NormSums<T> a, const WalkPlan plan, const Partials<Acc<T>> to) {
     using A = Acc<T>;
     const W walk(a.shape, plan);
@@ -277,27 +257,34 @@ __global__ void __launch_bounds__(kThreads) sums(const NormSums<T> a, const Walk
     A of_bias[W::kChannels] = {}, of_weight[W::kChannels] = {};
     walk.each_sample([&](int64_t b) {
         const A keep = a.keep ? a.keep[b] : A(1);
-        A gap[W::kChannels], of_keep = 0;
+        A gap[W::kChannels], sum[W::kChannels] = {}, with_centred[W::kChannels] = {};
         through_gap(walk, a, b, gap);
-        const GradientSource<W, T> source(a, walk, b);
-        walk.template each_vector<2>(source, [&](unsigned, const GradientWords<T, W::N>& words) {
-            const auto g = gradient(a, of, gap, keep, words);
+        each_gradient<kRelu>(walk, a, b, shared + W::kShared, [&](int, const auto& words) {
+            const auto g = gradient<kRelu, W, T>(of, gap, words);
 #pragma unroll
             for (int i = 0; i < W::N; ++i) {
                 const int j = W::kRows ? i : 0;
-                of_bias[j] += g.of_normed[i];
-                of_weight[j] += g.of_normed[i] * g.centred[i];
-                of_keep += g.of_sum[i] * g.branch[i];
+                sum[j] += g.of_branch[i];
+                with_centred[j] += g.of_branch[i] * g.centred[i];
             }
         });
+#pragma unroll
+        for (int i = 0; i < W::kChannels; ++i) {
+            of_bias[i] += keep * sum[i];
+            of_weight[i] += keep * with_centred[i];
+        }
         if (a.grad_keep) {
+            const Channels<W> again(walk, a);  // no register keeps them through the walk
+            A of_keep = 0;
+#pragma unroll
+            for (int i = 0; i < W::kChannels; ++i) of_keep += with_centred[i] * again.scale[i] + sum[i] * again.bias[i];
             of_keep = plan.team > kWarp ? block_sum(of_keep, shared) : warp_sum(of_keep);
             if (threadIdx.x % plan.team == 0) to.keep[(b * plan.tiles + walk.tile) * plan.runs + walk.run] = of_keep;
         }
     });
-    W::block_sums(of_bias, shared);
-    W::block_sums(of_weight, shared);
-    if (threadIdx.x < W::kLanes && walk.inside()) {
+    walk.block_sums(of_bias, shared);
+    walk.block_sums(of_weight, shared);
+    if (threadIdx.x < plan.lanes && walk.inside()) {
 #pragma unroll
         for (int i = 0; i < W::kChannels; ++i) {
             const int64_t at = walk.part() * a.shape.C + walk.c + i;
@@ -344,34 +331,35 @@ __global__ void __launch_bounds__(kThreads)
     a.grad_bias[c] = bias;
 }
 
-template <class W, class T>
+template <class W, class T, Relu kRelu>
 __global__ void __launch_bounds__(kThreads) backward(const NormBackward<T> a, const WalkPlan plan) {
     using A = Acc<T>;
     const W walk(a.shape, plan);
     const Channels<W> of(walk, a);
-    // grad_o = scale * (g - offset - slope * (o - mean))
+    // grad_o = scale * keep * g + offset - slope * (o - mean)
     A slope[W::kChannels] = {}, offset[W::kChannels] = {};
 #pragma unroll
     for (int i = 0; i < W::kChannels; ++i) {
         if (!a.sum_weight || !walk.inside()) continue;
-        slope[i] = a.sum_weight[walk.c + i] * inverse_std(a, walk.c + i) / a.count;
-        offset[i] = a.sum_bias[walk.c + i] / a.count;
+        slope[i] = of.scale[i] * a.sum_weight[walk.c + i] * inverse_std(a, walk.c + i) / a.count;
+        offset[i] = -of.scale[i] * a.sum_bias[walk.c + i] / a.count;
     }
     walk.each_sample([&](int64_t b) {
         const A keep = a.keep ? a.keep[b] : A(1);
-        T *grad_x = a.grad_x.at(b, walk.c, 0), *grad_o = a.grad_o.at(b, walk.c, 0);
-        A gap[W::kChannels];
+        const Cursor<T> grad_x = walk.cursor(a.grad_x, b), grad_o = walk.cursor(a.grad_o, b);
+        A gap[W::kChannels], factor[W::kChannels];
         through_gap(walk, a, b, gap);
-        const GradientSource<W, T> source(a, walk, b);
-        walk.template each_vector<2>(source, [&](unsigned p, const GradientWords<T, W::N>& words) {
-            auto g = gradient(a, of, gap, keep, words);
-            if (a.grad_x) store(grad_x + p * a.grad_x.pixel, g.of_sum);
+#pragma unroll
+        for (int i = 0; i < W::kChannels; ++i) factor[i] = of.scale[i] * keep;
+        each_gradient<kRelu>(walk, a, b, shared_memory<unsigned char>(), [&](int at, const auto& words) {
+            auto g = gradient<kRelu, W, T>(of, gap, words);
+            if (grad_x) store(grad_x[at], g.of_sum);
 #pragma unroll
             for (int i = 0; i < W::N; ++i) {
                 const int j = W::kRows ? i : 0;
-                g.centred[i] = of.scale[j] * (g.of_normed[i] - offset[j] - slope[j] * g.centred[i]);
+                g.centred[i] = factor[j] * g.of_branch[i] + (offset[j] - slope[j] * g.centred[i]);
             }
-            store(grad_o + p * a.grad_o.pixel, g.centred);
+            store(grad_o[at], g.centred);
         });
     });
 }
@@ -405,6 +393,19 @@ void on_plan(const Args& a, std::initializer_list<Map<const T>> maps, const Body
     });
 }
 
+// Calls body with where the ReLU stands as a constant.
+template <class Body>
+void on_relu(Relu relu, const Body& body) {
+    switch (relu) {
+        case Relu::none:
+            return body(std::integral_constant<Relu, Relu::none>{});
+        case Relu::branch:
+            return body(std::integral_constant<Relu, Relu::branch>{});
+        case Relu::sum:
+            return body(std::integral_constant<Relu, Relu::sum>{});
+    }
+}
+
 template <class T>
 int64_t norm_moments_scratch(const NormMoments<T>& a) {
     int64_t runs = 1;
@@ -417,7 +418,8 @@ void norm_moments(const NormMoments<T>& a, cudaStream_t stream) {
     using A = Acc<T>;
     on_plan<NormMoments<T>, T>(a, {a.o}, [&](auto* type, const WalkPlan& plan) {
         using W = std::remove_pointer_t<decltype(type)>;
-        launch(moments<W, T>, plan.grid(), kThreads, W::kShared * sizeof(Moments<A>), stream, a, plan);
+        launch(moments<W, T>, plan.grid(), kThreads, W::kShared * sizeof(Moments<A>) + W::template kRing<1>, stream, a,
+               plan);
         if (plan.runs == 1) return;
         launch_join(join_moments<A>, a.shape.B, a.shape.C, stream, reinterpret_cast<const Moments<A>*>(a.parts),
                     plan.runs, a.shape.B, a.shape.C, a.mean, a.var);
@@ -436,7 +438,10 @@ void norm_forward(const NormForward<T>& a, cudaStream_t stream) {
     using A = Acc<T>;
     on_plan<NormForward<T>, T>(a, {a.x, a.o, to_const(a.out)}, [&](auto* type, const WalkPlan& plan) {
         using W = std::remove_pointer_t<decltype(type)>;
-        launch(forward<W, T>, plan.grid(), kThreads, W::kShared * sizeof(A), stream, a, plan);
+        on_relu(a.relu, [&](auto relu) {
+            launch(forward<W, T, decltype(relu)::value>, plan.grid(), kThreads,
+                   W::kShared * sizeof(A) + W::template kRing<2>, stream, a, plan);
+        });
         if (plan.runs == 1 || a.shape.B == 0) return;
         launch_join(join_means<A>, a.shape.B, a.shape.C, stream, static_cast<const A*>(a.parts), plan.runs, a.shape.B,
                     a.shape.C, A(a.shape.HW()), a.y);
@@ -467,7 +472,11 @@ void norm_sums(const NormSums<T>& a, cudaStream_t stream) {
             partials.weight = a.grad_weight;
             partials.bias = a.grad_bias;
         }
-        launch(sums<W, T>, plan.grid(), kThreads, W::kShared * sizeof(Acc<T>), stream, a, plan, partials);
+        on_relu(a.relu, [&](auto relu) {
+            constexpr Relu kRelu = decltype(relu)::value;
+            launch(sums<W, T, kRelu>, plan.grid(), kThreads,
+                   W::kShared * sizeof(Acc<T>) + W::template kRing<kGradientMaps<kRelu>>, stream, a, plan, partials);
+        });
         if (done) return;
         const int64_t blocks = ceil_div(a.shape.C, kWarp) + (a.grad_keep ? ceil_div(a.shape.B, kThreads / kWarp) : 0);
         launch(finish<T>, dim3(static_cast<unsigned>(blocks)), kThreads, 2 * kThreads * sizeof(Acc<T>), stream, a, plan,
@@ -481,7 +490,11 @@ void norm_backward(const NormBackward<T>& a, cudaStream_t stream) {
                [&](auto* type) {
                    using W = std::remove_pointer_t<decltype(type)>;
                    const WalkPlan plan = W::plan(a.shape);
-                   launch(backward<W, T>, plan.grid(), kThreads, 0, stream, a, plan);
+                   on_relu(a.relu, [&](auto relu) {
+                       constexpr Relu kRelu = decltype(relu)::value;
+                       launch(backward<W, T, kRelu>, plan.grid(), kThreads, W::template kRing<kGradientMaps<kRelu>>,
+                              stream, a, plan);
+                   });
                });
 }
 

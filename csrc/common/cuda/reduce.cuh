@@ -52,11 +52,10 @@ struct Moments {
     }
 };
 
-// The merged moments of a warp, valid in its first kFirst lanes (each for the lanes that differ from kFirst up).
-template <int kFirst = 1, class A>
-__device__ __forceinline__ Moments<A> warp_merge(Moments<A> m) {
-#pragma unroll
-    for (int offset = kWarp / 2; offset >= kFirst; offset /= 2) {
+// The merged moments of a warp, valid in its first lanes, so many (each for the lanes that are as far apart).
+template <class A>
+__device__ __forceinline__ Moments<A> warp_merge(Moments<A> m, int lanes = 1) {
+    for (int offset = kWarp / 2; offset >= lanes; offset /= 2) {
         m.merge({__shfl_down_sync(kAllLanes, m.count, offset), __shfl_down_sync(kAllLanes, m.mean, offset),
                  __shfl_down_sync(kAllLanes, m.deviations, offset)});
     }
