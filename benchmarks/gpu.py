@@ -62,8 +62,8 @@ def pieces(out: Path = RESULTS) -> dict[str, Piece]:
     # Before cuBLAS is asked for the same bits every time, it wants to know its workspace.
     variables = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "DLA_KERNELS_AUTOTUNE": "0"}
 
-    def pytest(path: str, *options: str) -> Piece:
-        common = ("-q", "--maxfail", "20", "-p", "no:cacheprovider", "-p", "no:benchmark")
+    def pytest(path: str, *options: str, workers: int = min(12, os.cpu_count() or 1)) -> Piece:
+        common = ("-q", "--maxfail", "20", "-n", str(workers), "-p", "no:cacheprovider", "-p", "no:benchmark")
         return Piece(module("pytest", *common, f"tests/{path}", *options), variables)
 
     found = {"graphs_streams_devices": pytest("test_dla_kernels/test_cuda.py", "-m", "not slow")}
@@ -71,7 +71,7 @@ def pieces(out: Path = RESULTS) -> dict[str, Piece]:
         found[f"ops_{name}"] = pytest(f"test_dla_kernels/test_{name}.py", "--device", "cuda")
     for name in MODEL_TESTS:
         found[f"models_{name}"] = pytest(f"test_dla/test_{name}.py", "--device", "cuda")
-    found["large_maps"] = pytest("test_dla_kernels/test_cuda.py", "-m", "slow")
+    found["large_maps"] = pytest("test_dla_kernels/test_cuda.py", "-m", "slow", workers=0)  # one takes most of a GPU
     # Each of them compiles hundreds of kernels.
     triton, ops = ("test_dla_kernels/test_triton.py", "-m", "not slow", "-k"), dla_kernels.ops.__all__
     found |= {f"triton_{op}": pytest(*triton, op) for op in ops}
