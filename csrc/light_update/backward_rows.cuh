@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2)
     const Shape& s = a.shape;
     const int H = static_cast<int>(s.H), W = static_cast<int>(s.W), C = static_cast<int>(s.C);
     const Place p(t, s, channels, true);
-    const RowCopy<T, kPitch, kAligned> copy(t, s, p);
+    const RowCopy<T, kPitch, kAligned, kWideColumns> copy(t, s, p);
 
     A* const ring = shared_memory<A>();
     A* const lines = ring + kGradientSlots * slot;  // [4, kPitch]
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2)
         }
         if (!grads) continue;
         const int pixel = (p.first + k - 2) * W + p.column + first_column;
-        store_row<kAligned>(grads + pixel * distance, distance, grad_map, valid, room);
+        store_row<kAligned, false>(grads + pixel * distance, distance, grad_map, valid, room);
     }
     finish_products(a, t, p, side.products, shared_memory<A>());
 }

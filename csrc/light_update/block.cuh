@@ -90,14 +90,14 @@ __device__ __forceinline__ A carried_filter(const Vectors<A>& v, int64_t C, int6
 
 // A thread's strip on its way down the map, kLane channels wide. Each row of the input adds to three rows of the
 // output, so that it is read, and widened, once.
-template <class A, int kLane>
+template <class A, int kLane, int kWidth = kColumns>
 struct Strip {
-    A done[kColumns][kLane], here[kColumns][kLane] = {}, next[kColumns][kLane] = {};
+    A done[kWidth][kLane], here[kWidth][kLane] = {}, next[kWidth][kLane] = {};
 
     // Now the row above the one that is read is finished.
     __device__ __forceinline__ void advance() {
 #pragma unroll
-        for (int j = 0; j < kColumns; ++j) {
+        for (int j = 0; j < kWidth; ++j) {
 #pragma unroll
             for (int e = 0; e < kLane; ++e) {
                 done[j][e] = here[j][e];
@@ -107,11 +107,11 @@ struct Strip {
         }
     }
 
-    __device__ __forceinline__ void add(const A (&filter)[9][kLane], const A (&row)[kColumns + 2][kLane]) {
+    __device__ __forceinline__ void add(const A (&filter)[9][kLane], const A (&row)[kWidth + 2][kLane]) {
 #pragma unroll
         for (int dx = 0; dx < 3; ++dx) {
 #pragma unroll
-            for (int j = 0; j < kColumns; ++j) {
+            for (int j = 0; j < kWidth; ++j) {
 #pragma unroll
                 for (int e = 0; e < kLane; ++e) {
                     done[j][e] += filter[6 + dx][e] * row[j + dx][e];
@@ -122,46 +122,63 @@ struct Strip {
         }
     }
 
-    // The same with a filter of which only the centre is there.
-    __device__ __forceinline__ void add_centre(const A (&filter)[kLane], const A (&row)[kColumns + 2][kLane]) {
+    // The same with a filter of which only the centre is there; the row may come with its neighbouring columns.
+    template <int kRow>
+    __device__ __forceinline__ void add_centre(const A (&filter)[kLane], const A (&row)[kRow][kLane]) {
 #pragma unroll
-        for (int j = 0; j < kColumns; ++j) {
+        for (int j = 0; j < kWidth; ++j) {
 #pragma unroll
-            for (int e = 0; e < kLane; ++e) here[j][e] += filter[e] * row[j + 1][e];
+            for (int e = 0; e < kLane; ++e) here[j][e] += filter[e] * row[j + (kRow - kWidth) / 2][e];
         }
     }
 };
 
-// What a thread knows of its strip's values: mean and squared deviations by Chan's formula, a row of the strip at a
-// time; `folded` instead sums o and the output that it becomes.
-template <class A, int kLane, bool kFolded>
+// What a thread knows of its strip's values: mean and squared deviations by Welford's formula for a row of the strip at
+// a time; `folded` instead sums o and the output that it becomes. The columns from `valid` on are not in the map;
+// with kWhole none of the strip's are, or all.
+template <class A, int kLane, bool kFolded, int kWidth = kColumns, bool kWhole = false>
 struct Gathered {
     A first[kLane] = {}, second[kLane] = {};
-    int valid, rows = 0;  // columns in the map, rows so far
-    A per_column;
+    A count = 0;
+    int valid;
 
-    __device__ explicit Gathered(int valid) : valid(valid), per_column(reciprocal(A(max(valid, 1)))) {}
+    __device__ explicit Gathered(int valid) : valid(valid) {}
 
-    __device__ __forceinline__ void add(const A (&o)[kColumns][kLane]) {
+    __device__ __forceinline__ bool has(int j) const { return kWhole || j < valid; }
+
+    // The mean so far is subtracted from the values before they are summed, in the first row its own; what is taken off
+    // their squares afterwards is then half of them at most, so that nothing cancels.
+    __device__ __forceinline__ void add(const A (&o)[kWidth][kLane]) {
         if (valid <= 0) return;
-        const A share = reciprocal(A(rows + 1)), between = A(valid) * A(rows) * share;
-        ++rows;
+        A share = 0;
+        if (count == A(0)) {
+            const A each = reciprocal(A(valid));
+#pragma unroll
+            for (int e = 0; e < kLane; ++e) {
+#pragma unroll
+                for (int j = 0; j < kWidth; ++j) {
+                    if (has(j)) first[e] += o[j][e];
+                }
+                first[e] *= each;
+            }
+        } else {
+            share = reciprocal(count + A(valid));
+        }
+        count += A(valid);
 #pragma unroll
         for (int e = 0; e < kLane; ++e) {
-            A total = o[0][e];
+            A apart = 0, squares = 0;
 #pragma unroll
-            for (int j = 1; j < kColumns; ++j) {
-                if (j < valid) total += o[j][e];
+            for (int j = 0; j < kWidth; ++j) {
+                const A centred = o[j][e] - first[e];
+                if (has(j)) {
+                    apart += centred;
+                    squares += centred * centred;
+                }
             }
-            const A mean = total * per_column, apart = mean - first[e];
-            A squares = (o[0][e] - mean) * (o[0][e] - mean);
-#pragma unroll
-            for (int j = 1; j < kColumns; ++j) {
-                const A centred = o[j][e] - mean;
-                if (j < valid) squares += centred * centred;
-            }
-            first[e] += apart * share;
-            second[e] += squares + apart * apart * between;
+            const A step = apart * share;
+            first[e] += step;
+            second[e] += squares - apart * step;
         }
     }
 
@@ -172,7 +189,7 @@ struct Gathered {
 
     __device__ __forceinline__ Moments<A> moments(int e) const {
         if constexpr (kFolded) return {A(0), first[e], second[e]};
-        return {A(rows) * A(max(valid, 0)), first[e], second[e]};
+        return {count, first[e], second[e]};
     }
 };
 
@@ -195,9 +212,9 @@ __device__ __forceinline__ void write_moments(const Forward<T>& a, int64_t b, in
 }
 
 // Joins what the block's threads found and writes it: the result where the block has seen all of the map, else a part.
-template <bool kFolded, int kLane, class T, class A = Acc<T>>
+template <bool kFolded, int kLane, class T, int kWidth, bool kWhole, class A = Acc<T>>
 __device__ void finish_moments(const Forward<T>& a, const Tiling& t, const Place& p,
-                               const Gathered<A, kLane, kFolded>& found, Moments<A>* shared) {
+                               const Gathered<A, kLane, kFolded, kWidth, kWhole>& found, Moments<A>* shared) {
     constexpr int kSegments = 8;  // joined side by side, then one after another
     const int channels = t.lanes * kLane, members = t.members();
     __syncthreads();

@@ -20,8 +20,8 @@ constexpr int64_t kPlanesShared = 48 << 10;
 // Blocks enough for some ten waves on the largest GPUs, so that the last one weighs little.
 constexpr int64_t kBlocks = 4096;
 
-// Strips side by side: a row of 56 columns takes two blocks in forward and one in backward.
-constexpr int kRowStrips = 7;
+// Strips side by side, of forward and of backward; a row of 56 columns takes one block.
+constexpr int kForwardStrips = 8, kBackwardStrips = 7;
 
 // What counts blocks, or places along an axis, must leave room in an int.
 int count(int64_t n) {
@@ -34,8 +34,8 @@ Tiling cut_rows(const Shape& s, int maps) {
     constexpr int kLane = kLaneOfRows<T>, kLeast = kVector<T> / kLane;
     Tiling t = {};
     t.maps = std::max(1, maps);
-    const int width = maps ? kWideColumns : kColumns;
-    t.tiles = count(ceil_div(s.W, kRowStrips * width));
+    const int width = maps ? kWideColumns : s.W % kWholeColumns == 0 && s.W >= 28 ? kWholeColumns : kColumns;
+    t.tiles = count(ceil_div(s.W, (maps ? kBackwardStrips : kForwardStrips) * width));
     t.strips = static_cast<int>(ceil_div(ceil_div(s.W, t.tiles), width));
     t.columns = t.strips * width;
     t.tiles = count(ceil_div(s.W, t.columns));
@@ -47,9 +47,7 @@ Tiling cut_rows(const Shape& s, int maps) {
     const int64_t rows = ceil_div(s.H, std::min(most, ceil_div(kBlocks, blocks)));
     t.rows = static_cast<int>(std::min<int64_t>(rows, 1 << 20));
     t.runs = count(ceil_div(s.H, t.rows));
-    const int64_t slot = (t.columns + 2) * kForwardChannels<T> * int64_t(sizeof(T));
-    const int64_t walk = maps ? backward_rows_shared<T>(t.columns, 2 + maps)
-                              : 2 * kForwardSlots * slot + kForwardChannels<T> * int64_t(sizeof(Acc<T>));
+    const int64_t walk = maps ? backward_rows_shared<T>(t.columns, 2 + maps) : 0;  // of forward at the launch
     const int64_t finish = t.strips * int64_t(maps ? maps * 9 * sizeof(Acc<T>) : sizeof(Moments<Acc<T>>));
     t.shared = static_cast<int>(std::max(walk, finish * t.lanes * kLane));
     return t;
@@ -137,9 +135,16 @@ void launch(const Forward<T>& a, const Tiling& t, bool channels_last, CUstream_s
             constexpr Carry kCarry = decltype(carry)::value;
             constexpr bool kFolded = decltype(folded)::value;
             if (channels_last) {
-                const auto kernel =
-                    aligned ? forward_rows<T, kCarry, kFolded, true> : forward_rows<T, kCarry, kFolded, false>;
-                dla::launch(kernel, grid, t.threads(), t.shared, stream, a, t);
+                const auto of_width = [&](auto width) {
+                    constexpr int kWidth = decltype(width)::value;
+                    return aligned ? forward_rows<T, kCarry, kFolded, true, kWidth>
+                                   : forward_rows<T, kCarry, kFolded, false, kWidth>;
+                };
+                const auto kernel = t.columns == t.strips * kColumns
+                                        ? of_width(std::integral_constant<int, kColumns>{})
+                                        : of_width(std::integral_constant<int, kWholeColumns>{});
+                const int64_t shared = std::max<int64_t>(t.shared, forward_rows_shared<T, kCarry, kFolded>(t.columns));
+                dla::launch(kernel, grid, t.threads(), shared, stream, a, t);
             } else {
                 dla::launch(forward_planes<T, kCarry, kFolded>, grid, t.threads(), t.shared, stream, a, t, aligned);
             }
