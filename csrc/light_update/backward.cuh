@@ -42,7 +42,7 @@ struct Side {
     A offset[kLane] = {};       // to the gradient of x, to which that of out belongs, what GAP of out brings
 
     template <class T>
-    __device__ Side(const Backward<T>& a, const Place& p, int first, const A* attention) {
+    __device__ Side(const Backward<T>& a, const Place& p, int map, int first, const A* attention) {
         const int64_t C = a.shape.C;
 #pragma unroll
         for (int e = 0; e < kLane; ++e) {
@@ -50,9 +50,9 @@ struct Side {
 #pragma unroll
             for (int k = 0; k < 9; ++k) {
                 filter[k][e] =
-                    p.map ? carried_filter(a.vectors, C, p.b, c, k) : x_filter(a.vectors, c, k, p.c, attention);
+                    map ? carried_filter(a.vectors, C, p.b, c, k) : x_filter(a.vectors, c, k, p.c, attention);
             }
-            if (!p.map && a.grad_out_mean) offset[e] = a.grad_out_mean[p.b * C + c] / A(a.shape.HW());
+            if (map == 0 && a.grad_out_mean) offset[e] = a.grad_out_mean[p.b * C + c] / A(a.shape.HW());
         }
     }
 
@@ -75,16 +75,17 @@ struct Side {
     }
 };
 
-// Adds up the products of the block's threads, member by member, and writes them to the block's part.
-template <int kLane, class T, class A = Acc<T>>
-__device__ void finish_products(const Backward<T>& a, const Tiling& t, const Place& p, const A (&products)[9][kLane],
-                                A* shared) {
+// Adds up the products of the block's threads, member by member, and writes them to the block's part; a thread has nine
+// for each of its maps.
+template <int kCount, int kLane, class T, class A = Acc<T>>
+__device__ void finish_products(const Backward<T>& a, const Tiling& t, const Place& p,
+                                const A (&products)[kCount][kLane], A* shared) {
     const int channels = t.lanes * kLane, length = t.maps * 9 * channels;
     __syncthreads();
     if (p.active) {
-        A* to = shared + p.member * length + p.map * 9 * channels + p.lane * kLane;
+        A* to = shared + p.member * length + p.map * kCount * channels + p.lane * kLane;
 #pragma unroll
-        for (int k = 0; k < 9; ++k) {
+        for (int k = 0; k < kCount; ++k) {
 #pragma unroll
             for (int e = 0; e < kLane; ++e) to[k * channels + e] = products[k][e];
         }

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     if (t.maps > 1) carried.copy();
     if (a.grad_o) grad_o.copy();
     attend(a.vectors, s.C, p.b, p.c, min(t.lanes, static_cast<int>(s.C) - p.c), attention);
-    Side<A, 1> side(a, p, p.c + p.lane, attention);
+    Side<A, 1> side(a, p, p.map, p.c + p.lane, attention);
     const Map<T> grad_of_map = p.map ? a.grad_carried : a.grad_x;
     await_copies<0>();
     __syncthreads();

@@ -1,5 +1,5 @@
-// light_update's backward on channels_last maps: o's gradient of three rows in a ring of accumulators, the maps in
-// rings that are filled two rows ahead.
+// light_update's backward on channels_last maps: strips that go their own way as in forward. A thread has one channel,
+// of which it makes o's gradient with the neighbouring columns itself, and keeps three rows of it in registers.
 #pragma once
 
 #include "light_update/backward.cuh"
@@ -7,162 +7,173 @@
 
 namespace dla::light_update {
 
-// Rows of the rings: of o's gradient three in use and the one that is being written; of grad_out, which the gradient
-// of x takes up again a row later, two in use and two ahead; of all others one in use and two ahead.
-constexpr int kGradientSlots = 4, kGradOutSlots = 4, kBackwardSlots = 3;
-
-// A thread's strip is wider than in forward: it has one map's filter to hold, and more to share out.
+// A strip's columns where kWholeColumns do not fit.
 constexpr int kWideColumns = 8;
 // Channels of a block: 64 bytes of every pixel, two whole sectors.
 template <class T>
 constexpr int kBackwardChannels = 64 / sizeof(T);
+// Rows of a ring: two on their way and the one at hand. As many as rows of o's gradient: with three steps written out,
+// all of their places are constants.
+constexpr int kBackwardSlots = 3;
 
-// Bytes of shared memory while a block walks; `others` are the maps besides grad_out.
+// Elements of a strip's rings: grad_out, o and perhaps grad_o with the neighbouring columns, x and carried without.
 template <class T>
-DLA_HOST_DEVICE inline int64_t backward_rows_shared(int64_t columns, int others) {
-    const int64_t slot = (columns + 2) * kBackwardChannels<T>;
-    return slot * (kGradientSlots * sizeof(Acc<T>) + (kGradOutSlots + kBackwardSlots * others) * sizeof(T)) +
-           4 * kBackwardChannels<T> * sizeof(Acc<T>) + 5 * sizeof(const T*);
+DLA_HOST_DEVICE inline int backward_ring(int width, bool grad_o, int maps) {
+    return kBackwardSlots * kBackwardChannels<T> * ((width + 2) * (grad_o ? 3 : 2) + width * maps);
 }
 
-template <class T, bool kAligned>
-__global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 1 : 2)
+// Bytes of shared memory while a block walks.
+template <class T>
+DLA_HOST_DEVICE inline int64_t backward_rows_shared(const Tiling& t, bool grad_o) {
+    return int64_t(t.strips) * backward_ring<T>(t.columns / t.strips, grad_o, t.maps) * int64_t(sizeof(T)) +
+           kBackwardChannels<T> * int64_t(sizeof(Acc<T>));
+}
+
+template <class T, int kMaps, bool kAligned, int kWidth>
+__global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
     backward_rows(const __grid_constant__ Backward<T> a, const __grid_constant__ Tiling t) {
     using A = Acc<T>;
-    constexpr int kLane = kLaneOfRows<T>, kPitch = kBackwardChannels<T>;
-    const int channels = t.lanes * kLane, slot = (t.columns + 2) * kPitch;
+    constexpr int kPitch = kBackwardChannels<T>, kWide = (kWidth + 2) * kPitch, kNarrow = kWidth * kPitch;
+    constexpr bool kWhole = kWidth == kWholeColumns;
     const Shape& s = a.shape;
     const int H = static_cast<int>(s.H), W = static_cast<int>(s.W), C = static_cast<int>(s.C);
-    const Place p(t, s, channels, true);
-    const RowCopy<T, kPitch, kAligned, kWideColumns> copy(t, s, p);
+    const Place p(t, s, t.lanes, true);
+    const int column = p.column + p.strip * kWidth, size = backward_ring<T>(kWidth, bool(a.grad_o), kMaps);
+    const RowCopy<T, kPitch, 1, kWidth + 2, kAligned> copy_wide(t, s, p, column - 1);
+    const RowCopy<T, kPitch, 1, kWidth, kAligned> copy_narrow(t, s, p, column);
+    T* const ring_out = shared_memory<T>() + p.strip * size;
+    T* const ring_o = ring_out + kBackwardSlots * kWide;
+    T* const ring_x = ring_o + kBackwardSlots * kWide;
+    T* const ring_carried = ring_x + kBackwardSlots * kNarrow;
+    T* const ring_grad_o = ring_x + kMaps * kBackwardSlots * kNarrow;
 
-    A* const ring = shared_memory<A>();
-    A* const lines = ring + kGradientSlots * slot;  // [4, kPitch]
-    T* const ring_out = reinterpret_cast<T*>(lines + 4 * kPitch);
-    T* const ring_o = ring_out + kGradOutSlots * slot;
-    T* const ring_x = ring_o + kBackwardSlots * slot;
-    T* const ring_carried = ring_x + kBackwardSlots * slot;
-    T* const ring_grad_o = ring_x + t.maps * kBackwardSlots * slot;
-
-    // Where the block's channels begin in each map: five pointers that no register has to keep.
-    const T** const bases = reinterpret_cast<const T**>(ring_grad_o + (a.grad_o ? kBackwardSlots * slot : 0));
-    const auto base = [&](const Map<const T>& map) { return map ? map.at(p.b, p.c, 0) : nullptr; };
-    if (threadIdx.x == 0) {
-        bases[0] = base(a.grad_out);
-        bases[1] = base(a.o);
-        bases[2] = base(a.grad_o);
-        bases[3] = base(a.x);
-        bases[4] = base(a.carried);
-    }
-    __syncthreads();
-
-    // What step k needs: o's gradient of row first - 1 + k; x and carried belong to the row above, whose turn it then
-    // is.
-    const auto copy_rows = [&](int k) {
-        const int row = p.first - 1 + k, into = k % kBackwardSlots * slot;
-        const auto one = [&](int i, const Map<const T>& map, int from_row, T* to) {
-            const int distance = static_cast<int>(map.pixel);
-            copy(bases[i] + ((from_row * W + copy.pixel) * distance + copy.vector), distance, true, to);
+    // Where the next row begins in each map. The first is o's gradient of row first - 1; x and carried belong to the
+    // row above, whose turn it is when o's gradient of a row is there.
+    const auto start = [&](const Map<const T>& map, int row, const auto& copy, int first_column) {
+        if (!map) return static_cast<const T*>(nullptr);
+        const int pixel = row * W + first_column + copy.of_strip;
+        return map.at(p.b, p.c, 0) + (pixel * static_cast<int>(map.pixel) + copy.vector);
+    };
+    const T* next_out = start(a.grad_out, p.first - 1, copy_wide, column - 1);
+    const T* next_o = start(a.o, p.first - 1, copy_wide, column - 1);
+    const T* next_grad_o = start(a.grad_o, p.first - 1, copy_wide, column - 1);
+    const T* next_x = start(a.x, p.first - 2, copy_narrow, column);
+    const T* next_carried = start(a.carried, p.first - 2, copy_narrow, column);
+    const auto copy_rows = [&](int k, int slot) {
+        const int row = p.first - 1 + k;
+        const auto one = [&](const auto& copy, const Map<const T>& map, const T* from, T* to) {
+            copy(from, static_cast<int>(map.pixel), true, to);
         };
-        if (row >= 0 && row < H && row <= p.last) {
-            one(0, a.grad_out, row, ring_out + k % kGradOutSlots * slot);
-            one(1, a.o, row, ring_o + into);
-            if (a.grad_o) one(2, a.grad_o, row, ring_grad_o + into);
-        }
-        if (k > 1 && row <= p.last) {
-            one(3, a.x, row - 1, ring_x + into);
-            if (t.maps > 1) one(4, a.carried, row - 1, ring_carried + into);
+        if (row <= p.last) {
+            if (row >= 0 && row < H) {
+                one(copy_wide, a.grad_out, next_out, ring_out + slot * kWide);
+                one(copy_wide, a.o, next_o, ring_o + slot * kWide);
+                if (a.grad_o) one(copy_wide, a.grad_o, next_grad_o, ring_grad_o + slot * kWide);
+            }
+            if (k > 1) {
+                one(copy_narrow, a.x, next_x, ring_x + slot * kNarrow);
+                if constexpr (kMaps > 1) one(copy_narrow, a.carried, next_carried, ring_carried + slot * kNarrow);
+            }
         }
         end_copies();
+        next_out += W * static_cast<int>(a.grad_out.pixel);
+        next_o += W * static_cast<int>(a.o.pixel);
+        next_grad_o += W * static_cast<int>(a.grad_o.pixel);
+        next_x += W * static_cast<int>(a.x.pixel);
+        if constexpr (kMaps > 1) next_carried += W * static_cast<int>(a.carried.pixel);
     };
-    copy_rows(0);
-    copy_rows(1);
+    copy_rows(0, 0);
+    copy_rows(1, 1);
 
-    A* const attention = ring;  // until the ring is used
-    attend(a.vectors, s.C, p.b, p.c, min(channels, C - p.c), attention);
-    const int c = p.c + p.lane * kLane;
-    Side<A, kLane> side(a, p, c, attention);
-    for (int i = threadIdx.x; i < channels; i += blockDim.x) {
-        const OutputGradient<A> line(a, p.b, min(p.c + i, C - 1));
-        lines[i] = line.of_grad;
-        lines[kPitch + i] = line.of_o;
-        lines[2 * kPitch + i] = line.mean;
-        lines[3 * kPitch + i] = line.offset;
-    }
-    __syncthreads();
+    A* const attention = reinterpret_cast<A*>(shared_memory<T>() + t.strips * size);
+    attend(a.vectors, s.C, p.b, p.c, min(t.lanes, C - p.c), attention);
+    const int c = p.c + p.lane;
+    Side<A, 1> of_x(a, p, 0, c, attention), of_carried(a, p, kMaps - 1, c, attention);
+    const OutputGradient<A> line(a, p.b, min(c, C - 1));
 
-    // Each thread turns what it has copied itself into o's gradient, so only the gradient needs a barrier.
-    const auto take_row = [&](int k) {
-        const int row = p.first - 1 + k;
-        A* const to = ring + k % kGradientSlots * slot;
-        const unsigned mask = row >= 0 && row < H ? copy.wanted : 0;
-#pragma unroll 1
-        for (int i = 0; i < copy.items; ++i) {
-            const int from = copy.at + i * copy.step * kPitch;
+    const int valid = c < C ? min(kWidth, p.columns - p.strip * kWidth) : 0;
+    const auto start_of_gradient = [&](const Map<T>& map) {
+        if (!map) return static_cast<T*>(nullptr);
+        return map.at(p.b, c, 0) + (p.first * W + column) * static_cast<int>(map.pixel);
+    };
+    T *to_x = start_of_gradient(a.grad_x), *to_carried = start_of_gradient(a.grad_carried);
+    const auto put = [&](const Map<T>& map, T*& to, const A(&values)[kWidth][1]) {
+        if (!map) return;
+        const int distance = static_cast<int>(map.pixel);
+        store_row<kAligned, kWhole>(to, distance, values, valid, C - c);
+        to += W * distance;
+    };
+    const auto inside = [&](int j) {  // whether a column of o's gradient is in the map
+        return (kWhole && j > 0 && j <= kWidth) || (column + j - 1 >= 0 && column + j - 1 < W);
+    };
+
+    A grad_o[3][kWidth + 2][1], grad_out[kWidth + 2][1] = {};
+    const auto take_row = [&](int row, int slot, A(&to)[kWidth + 2][1]) {
+        if (row < 0 || row >= H) {
 #pragma unroll
-            for (int half = 0; half < kVector<T>; half += kVector<A>) {
-                A grad[kVector<A>] = {};
-                if (mask >> i & 1) {
-                    const A* line = lines + copy.vector + half;
-                    A o[kVector<A>], factor[kVector<A>], more[kVector<A>];
-                    load<kVector<A>>(ring_o + k % kBackwardSlots * slot + from + half, o);
-                    load<kVector<A>>(line + 2 * kPitch, factor);
+            for (int j = 0; j < kWidth + 2; ++j) to[j][0] = 0;
+            return;
+        }
+        load_row<kPitch>(ring_o + slot * kWide + p.lane, to);
+        load_row<kPitch>(ring_out + slot * kWide + p.lane, grad_out);
 #pragma unroll
-                    for (int e = 0; e < kVector<A>; ++e) o[e] -= factor[e];
-                    load<kVector<A>>(line + kPitch, factor);
-                    load<kVector<A>>(line + 3 * kPitch, more);
+        for (int j = 0; j < kWidth + 2; ++j) to[j][0] = line.of_o * (to[j][0] - line.mean) + line.offset;
+        if (a.weight) {
 #pragma unroll
-                    for (int e = 0; e < kVector<A>; ++e) o[e] = factor[e] * o[e] + more[e];
-                    if (a.weight) load<kVector<A>>(ring_out + k % kGradOutSlots * slot + from + half, grad);
-                    load<kVector<A>>(line, factor);
+            for (int j = 0; j < kWidth + 2; ++j) to[j][0] = line.of_grad * grad_out[j][0] + to[j][0];
+        }
+        if (a.grad_o) {
+            A more[kWidth + 2][1];
+            load_row<kPitch>(ring_grad_o + slot * kWide + p.lane, more);
 #pragma unroll
-                    for (int e = 0; e < kVector<A>; ++e) grad[e] = factor[e] * grad[e] + o[e];
-                    if (a.grad_o) {
-                        load<kVector<A>>(ring_grad_o + k % kBackwardSlots * slot + from + half, more);
+            for (int j = 0; j < kWidth + 2; ++j) to[j][0] += more[j][0];
+        }
 #pragma unroll
-                        for (int e = 0; e < kVector<A>; ++e) grad[e] += more[e];
-                    }
-                }
-                store<kVector<A>>(to + from + half, grad);
-            }
+        for (int j = 0; j < kWidth + 2; ++j) {
+            if (!inside(j)) to[j][0] = 0;
         }
     };
-
-    const int first_column = p.strip * kWideColumns, room = min(C - c, kLane);
-    const int valid = p.active && c < C ? min(kWideColumns, p.columns - first_column) : 0;
-    const int at = first_column * kPitch + p.lane * kLane;
-    const Map<T>& grad_of_map = p.map ? a.grad_carried : a.grad_x;
-    T* const grads = grad_of_map ? grad_of_map.at(p.b, c, 0) : nullptr;
-    const int distance = static_cast<int>(grad_of_map.pixel);
-    const T* const ring_map = p.map ? ring_carried : ring_x;
-    const int steps = p.last - p.first + 2;
-    for (int k = 0; k < steps; ++k) {
+    // Step k of those with k % 3 == slot: o's gradient of a row, and with it the gradients of the row above.
+    const auto step = [&](int k, auto constant) {
+        constexpr int slot = decltype(constant)::value, above = (slot + 2) % 3, top = (slot + 1) % 3;
         await_copies<1>();
-        take_row(k);
-        __syncthreads();
-        copy_rows(k + 2);
-        if (k < 2) continue;
-        A values[kWideColumns][kLane], grad_map[kWideColumns][kLane] = {};
-        load_row<kPitch>(ring_map + k % kBackwardSlots * slot + at + kPitch, values);
-        if (!p.map) {
-            load_row<kPitch>(ring_out + (k - 1) % kGradOutSlots * slot + at + kPitch, grad_map);
+        __syncwarp();
+        copy_rows(k + 2, above);
+        A grad_map[kWidth][1], values[kWidth][1];
 #pragma unroll
-            for (int j = 0; j < kWideColumns; ++j) {
+        for (int j = 0; j < kWidth; ++j) grad_map[j][0] = grad_out[j + 1][0] + of_x.offset[0];
+        take_row(p.first - 1 + k, slot, grad_o[slot]);
+        if (k < 2) return;
+        const auto add = [&](Side<A, 1>& side) {
+            side.template add<kWidth>(0, grad_o[slot], values, grad_map);
+            side.template add<kWidth>(1, grad_o[above], values, grad_map);
+            side.template add<kWidth>(2, grad_o[top], values, grad_map);
+        };
+        load_row<kPitch>(ring_x + slot * kNarrow + p.lane, values);
+        add(of_x);
+        put(a.grad_x, to_x, grad_map);
+        if constexpr (kMaps > 1) {
+            load_row<kPitch>(ring_carried + slot * kNarrow + p.lane, values);
 #pragma unroll
-                for (int e = 0; e < kLane; ++e) grad_map[j][e] += side.offset[e];
-            }
+            for (int j = 0; j < kWidth; ++j) grad_map[j][0] = 0;
+            add(of_carried);
+            put(a.grad_carried, to_carried, grad_map);
         }
-#pragma unroll
-        for (int dy = 0; dy < 3; ++dy) {
-            A grad_o[kWideColumns + 2][kLane];
-            load_row<kPitch>(ring + (k - dy) % kGradientSlots * slot + at, grad_o);
-            side.template add<kWideColumns>(dy, grad_o, values, grad_map);
-        }
-        if (!grads) continue;
-        const int pixel = (p.first + k - 2) * W + p.column + first_column;
-        store_row<kAligned, false>(grads + pixel * distance, distance, grad_map, valid, room);
+    };
+    const int steps = p.last - p.first + 2;
+    for (int k = 0; k < steps; k += 3) {
+        step(k, std::integral_constant<int, 0>{});
+        if (k + 1 < steps) step(k + 1, std::integral_constant<int, 1>{});
+        if (k + 2 < steps) step(k + 2, std::integral_constant<int, 2>{});
     }
-    finish_products(a, t, p, side.products, shared_memory<A>());
+
+    A products[9 * kMaps][1];
+#pragma unroll
+    for (int k = 0; k < 9; ++k) {
+        products[k][0] = of_x.products[k][0];
+        if constexpr (kMaps > 1) products[9 + k][0] = of_carried.products[k][0];
+    }
+    finish_products(a, t, p, products, shared_memory<A>());
 }
 
 }  // namespace dla::light_update

@@ -37,7 +37,7 @@ struct Place {
         first = part / t.tiles * t.rows;
         last = min(static_cast<int>(s.H), first + t.rows);
         const int of_map = t.lanes * t.members();
-        active = static_cast<int>(threadIdx.x) < of_map * t.maps;
+        active = static_cast<int>(threadIdx.x) < of_map * t.teams;
         map = active ? threadIdx.x / of_map : 0;
         const int thread = active ? threadIdx.x % of_map : 0;
         lane = lanes_first ? thread % t.lanes : thread / t.members();
@@ -167,9 +167,9 @@ struct Gathered {
         count += A(valid);
 #pragma unroll
         for (int e = 0; e < kLane; ++e) {
-            A apart = 0, squares = 0;
+            A apart = o[0][e] - first[e], squares = apart * apart;
 #pragma unroll
-            for (int j = 0; j < kWidth; ++j) {
+            for (int j = 1; j < kWidth; ++j) {
                 const A centred = o[j][e] - first[e];
                 if (has(j)) {
                     apart += centred;

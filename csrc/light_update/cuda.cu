@@ -17,11 +17,12 @@ namespace {
 constexpr int64_t kMaxShared = 96 << 10;
 // A block of planes stays smaller, for several on a multiprocessor: one computes while the others load.
 constexpr int64_t kPlanesShared = 48 << 10;
-// Blocks enough for some ten waves on the largest GPUs, so that the last one weighs little.
-constexpr int64_t kBlocks = 4096;
+// Blocks enough for some waves on the largest GPUs, so that the last one weighs little, but no more: each reads two
+// rows of its neighbours.
+constexpr int64_t kRowBlocks = 2048;
 
-// Strips side by side, of forward and of backward; a row of 56 columns takes one block.
-constexpr int kForwardStrips = 8, kBackwardStrips = 7;
+// Strips side by side: a row of 56 columns takes one block.
+constexpr int kRowStrips = 8;
 
 // What counts blocks, or places along an axis, must leave room in an int.
 int count(int64_t n) {
@@ -31,25 +32,28 @@ int count(int64_t n) {
 
 template <class T>
 Tiling cut_rows(const Shape& s, int maps) {
-    constexpr int kLane = kLaneOfRows<T>, kLeast = kVector<T> / kLane;
+    constexpr int kVec = kVector<T>;
+    const int lane = maps ? 1 : kLaneOfRows<T>, other = maps ? kWideColumns : kColumns;
+    const int width = s.W % kWholeColumns == 0 && s.W >= 4 * kWholeColumns ? kWholeColumns : other;
     Tiling t = {};
     t.maps = std::max(1, maps);
-    const int width = maps ? kWideColumns : s.W % kWholeColumns == 0 && s.W >= 28 ? kWholeColumns : kColumns;
-    t.tiles = count(ceil_div(s.W, (maps ? kBackwardStrips : kForwardStrips) * width));
-    t.strips = static_cast<int>(ceil_div(ceil_div(s.W, t.tiles), width));
+    t.teams = t.groups = 1;
+    t.lanes = (maps ? kBackwardChannels<T> : kForwardChannels<T>) / lane;
+    // No fewer than make kRowStrips of them a warp.
+    const int64_t least = std::max<int64_t>({kVec / lane, kWarp / kRowStrips, ceil_div(s.C, lane)});
+    while (t.lanes / 2 >= least) t.lanes /= 2;
+    t.chunks = count(ceil_div(s.C, t.lanes * lane));
+    t.tiles = count(ceil_div(s.W, kRowStrips * width));
+    const int64_t strips = ceil_div(ceil_div(s.W, t.tiles), width);
+    t.strips = static_cast<int>(round_up(strips, std::max(1, kWarp / t.lanes)));
     t.columns = t.strips * width;
     t.tiles = count(ceil_div(s.W, t.columns));
-    t.groups = 1;
-    t.lanes = (maps ? kBackwardChannels<T> : kForwardChannels<T>) / kLane;
-    while (t.lanes / 2 >= std::max<int64_t>(kLeast, ceil_div(s.C, kLane))) t.lanes /= 2;
-    t.chunks = count(ceil_div(s.C, t.lanes * kLane));
     const int64_t blocks = std::max<int64_t>(1, s.B * t.chunks * t.tiles), most = ceil_div(s.H, 8);
-    const int64_t rows = ceil_div(s.H, std::min(most, ceil_div(kBlocks, blocks)));
+    const int64_t rows = ceil_div(s.H, std::min(most, ceil_div(kRowBlocks, blocks)));
     t.rows = static_cast<int>(std::min<int64_t>(rows, 1 << 20));
     t.runs = count(ceil_div(s.H, t.rows));
-    const int64_t walk = maps ? backward_rows_shared<T>(t.columns, 2 + maps) : 0;  // of forward at the launch
     const int64_t finish = t.strips * int64_t(maps ? maps * 9 * sizeof(Acc<T>) : sizeof(Moments<Acc<T>>));
-    t.shared = static_cast<int>(std::max(walk, finish * t.lanes * kLane));
+    t.shared = static_cast<int>(finish * t.lanes * lane);  // and what the rings take, which the launch knows
     return t;
 }
 
@@ -58,7 +62,7 @@ Tiling cut_planes(const Shape& s, int maps) {
     const int64_t bytes = maps ? (3 + maps) * sizeof(T) + sizeof(Acc<T>) : 2 * sizeof(T);  // of a pixel
     const int64_t budget = maps ? kMaxShared - (24 << 10) : kPlanesShared;
     Tiling t = {};
-    t.maps = std::max(1, maps);
+    t.maps = t.teams = std::max(1, maps);
     t.lanes = 1;
     t.tiles = 1;
     t.columns = static_cast<int>(std::min<int64_t>(s.W, 1 << 20));
@@ -143,7 +147,7 @@ void launch(const Forward<T>& a, const Tiling& t, bool channels_last, CUstream_s
                 const auto kernel = t.columns == t.strips * kColumns
                                         ? of_width(std::integral_constant<int, kColumns>{})
                                         : of_width(std::integral_constant<int, kWholeColumns>{});
-                const int64_t shared = std::max<int64_t>(t.shared, forward_rows_shared<T, kCarry, kFolded>(t.columns));
+                const int64_t shared = std::max<int64_t>(t.shared, forward_rows_shared<T, kCarry, kFolded>(t));
                 dla::launch(kernel, grid, t.threads(), shared, stream, a, t);
             } else {
                 dla::launch(forward_planes<T, kCarry, kFolded>, grid, t.threads(), t.shared, stream, a, t, aligned);
@@ -166,8 +170,19 @@ void launch(const Backward<T>& a, const Tiling& t, bool channels_last, CUstream_
     if (s.B * s.C > 0) {
         const dim3 grid(count(s.B * t.blocks()));
         if (channels_last) {
-            const auto kernel = aligned ? backward_rows<T, true> : backward_rows<T, false>;
-            dla::launch(kernel, grid, t.threads(), t.shared, stream, a, t);
+            const auto run = [&](auto maps, auto width) {
+                constexpr int kMaps = decltype(maps)::value, kWidth = decltype(width)::value;
+                const auto kernel =
+                    aligned ? backward_rows<T, kMaps, true, kWidth> : backward_rows<T, kMaps, false, kWidth>;
+                const int64_t shared = std::max<int64_t>(t.shared, backward_rows_shared<T>(t, bool(a.grad_o)));
+                dla::launch(kernel, grid, t.threads(), shared, stream, a, t);
+            };
+            const auto of_maps = [&](auto width) {
+                t.maps > 1 ? run(std::integral_constant<int, 2>{}, width)
+                           : run(std::integral_constant<int, 1>{}, width);
+            };
+            t.columns == t.strips* kWideColumns ? of_maps(std::integral_constant<int, kWideColumns>{})
+                                                : of_maps(std::integral_constant<int, kWholeColumns>{});
         } else {
             dla::launch(backward_planes<T>, grid, t.threads(), t.shared, stream, a, t, aligned);
         }

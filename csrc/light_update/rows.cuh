@@ -1,5 +1,7 @@
-// light_update on channels_last maps. A block holds some 128 bytes of channels of up to 32 columns and walks down the
-// rows; a ring of rows in shared memory is filled ahead of it by 16-byte copies, so that each map crosses the bus once.
+// light_update on channels_last maps. A block holds 128 bytes of channels of up to 56 columns and walks down the rows.
+// Each strip has a ring of rows in shared memory of its own, filled ahead of it by 16-byte copies of the strip's own
+// threads, which lie in one warp: on the way down no warp waits for another. Neighbouring strips share a column through
+// L2, so that each map crosses the bus once.
 #pragma once
 
 #include "light_update/block.cuh"
@@ -13,47 +15,43 @@ constexpr int kLaneOfRows = sizeof(T) == 8 ? 1 : 2;
 // widens fewer of its neighbours' columns.
 constexpr int kWholeColumns = 7;
 
-// Copies a thread's share of one row and of its neighbouring columns into a slot of a ring, [columns + 2, kPitch].
-// Zeros stand outside the map and beyond its channels. A strip's threads copy kStep pixels at once, so that no thread has
-// more than kItems. Offsets within a sample fit in 32 bits: the launch has seen to it.
-template <class T, int kPitch, bool kAligned, int kWidth>
+// Copies a thread's share of kCount pixels of a row into a slot of its strip's ring, [kCount, kPitch]. Zeros stand
+// outside the map and beyond its channels. Offsets within a sample fit in 32 bits: the launch has seen to it.
+template <class T, int kPitch, int kLane, int kCount, bool kAligned>
 struct RowCopy {
-    static constexpr int kStep = kVector<T> / kLaneOfRows<T>, kItems = (kWidth + 2 + kStep - 1) / kStep;
-    int pixel, vector, at, step;  // `pixel` of a row is the first to copy, to element `at` of the slot
-    int items, left;              // pixels to copy, `step` apart; channels of the vector that are in the map
-    unsigned wanted;              // a bit for each item, whether its column is in the map
+    static constexpr int kStep = kVector<T> / kLane, kItems = (kCount + kStep - 1) / kStep;
+    int of_strip, vector;  // the first pixel to copy, the next is kStep on; the first channel
+    int left;              // channels of the vector that are in the map
+    unsigned wanted;       // a bit for each item, whether its column is in the map
 
-    __device__ RowCopy(const Tiling& t, const Shape& s, const Place& p) {
-        const int vectors = t.lanes / kStep, thread = threadIdx.x, from = thread / vectors;
-        vector = thread % vectors * kVector<T>;
-        pixel = p.column + from - 1;
-        at = from * kPitch + vector;
-        step = kStep * t.strips * t.maps;
-        items = p.active && from < t.columns + 2 ? (t.columns + 1 - from) / step + 1 : 0;
+    // `column` is that of the first pixel.
+    __device__ RowCopy(const Tiling& t, const Shape& s, const Place& p, int column) {
+        const int vectors = t.lanes / kStep;
+        of_strip = p.lane / vectors;
+        vector = p.lane % vectors * kVector<T>;
         left = min(kVector<T>, static_cast<int>(s.C) - p.c - vector);
         wanted = 0;
-        for (int i = 0; i < items; ++i) {
-            const int column = pixel + i * step;
-            wanted |= static_cast<unsigned>(column >= 0 && column < s.W && left > 0) << i;
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) {
+            const int at = column + of_strip + i * kStep;
+            wanted |= static_cast<unsigned>(at >= 0 && at < s.W && left > 0) << i;
         }
     }
 
     // `from` is where the first pixel's vector lies, `distance` is between pixels.
     __device__ __forceinline__ void operator()(const T* from, int distance, bool in_map, T* slot) const {
-        T* to = slot + at;
-        if constexpr (kAligned) {
+        T* to = slot + of_strip * kPitch + vector;
 #pragma unroll
-            for (int i = 0; i < kItems; ++i) {
-                if (i >= items) break;
-                copy_async(to + i * step * kPitch, from + i * step * distance, in_map && (wanted >> i & 1));
-            }
-        } else {
-#pragma unroll 1
-            for (int i = 0; i < items; ++i) {
+        for (int i = 0; i < kItems; ++i) {
+            if ((i + 1) * kStep > kCount && of_strip >= kCount - i * kStep) break;
+            const bool there = in_map && (wanted & 1u << i);
+            const T* at = from + i * kStep * distance;
+            if constexpr (kAligned) {
+                copy_async(to + i * kStep * kPitch, at, there);
+            } else {
 #pragma unroll 1
                 for (int e = 0; e < kVector<T>; ++e) {
-                    const bool there = in_map && (wanted >> i & 1) && e < left;
-                    to[i * step * kPitch + e] = there ? from[i * step * distance + e] : narrow<T>(0);
+                    to[i * kStep * kPitch + e] = there && e < left ? at[e] : narrow<T>(0);
                 }
             }
         }
@@ -74,7 +72,7 @@ __device__ __forceinline__ void store_row(T* to, int distance, const Acc<T> (&va
     if (columns <= 0) return;
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
-        T* const at = to + int64_t(j) * distance;
+        T* const at = to + j * distance;
         const bool there = kWhole || j < columns;
         if constexpr (kAligned) {
             if (there) store<kLane>(at, values[j]);
@@ -90,18 +88,19 @@ __device__ __forceinline__ void store_row(T* to, int distance, const Acc<T> (&va
 // Channels of a block: 128 bytes of every pixel.
 template <class T>
 constexpr int kForwardChannels = 128 / sizeof(T);
-// Rows on their way, for latency's sake: some 30 KiB of each block.
+// Rows on their way: some 50 KiB on a multiprocessor, whatever the maps.
 template <Carry kCarry>
-constexpr int kForwardAhead = kCarry == Carry::none ? 4 : 3;
+constexpr int kForwardAhead = kCarry == Carry::none ? 3 : 2;
 // Rows of a ring: those, the one at hand and, where out is made of it, the one above it.
 template <Carry kCarry, bool kFolded>
 constexpr int kForwardSlots = kForwardAhead<kCarry> + (kFolded ? 2 : 1);
 
 // Bytes of shared memory while a block walks.
 template <class T, Carry kCarry, bool kFolded>
-DLA_HOST_DEVICE inline int64_t forward_rows_shared(int64_t columns) {
-    const int64_t slot = (columns + 2) * kForwardChannels<T> * int64_t(sizeof(T));
-    return (kCarry == Carry::none ? 1 : 2) * kForwardSlots<kCarry, kFolded> * slot +
+DLA_HOST_DEVICE inline int64_t forward_rows_shared(const Tiling& t) {
+    const int64_t slots = t.columns + 2 * t.strips;
+    return (kCarry == Carry::none ? 1 : 2) * kForwardSlots<kCarry, kFolded> * slots * kForwardChannels<T> *
+               int64_t(sizeof(T)) +
            kForwardChannels<T> * int64_t(sizeof(Acc<T>));
 }
 
@@ -112,19 +111,21 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
     constexpr int kLane = kLaneOfRows<T>, kPitch = kForwardChannels<T>;
     constexpr int kAhead = kForwardAhead<kCarry>, kSlots = kForwardSlots<kCarry, kFolded>;
     constexpr bool kWhole = kWidth == kWholeColumns;
-    const int channels = t.lanes * kLane, slot = (t.columns + 2) * kPitch;
+    constexpr int kSlot = (kWidth + 2) * kPitch, kRing = kSlots * kSlot;
+    const int channels = t.lanes * kLane;
     const Shape& s = a.shape;
     const int H = static_cast<int>(s.H), W = static_cast<int>(s.W), C = static_cast<int>(s.C);
     const Place p(t, s, channels, true);
-    const RowCopy<T, kPitch, kAligned, kWidth> copy(t, s, p);
-    T* const ring_x = shared_memory<T>();
-    T* const ring_carried = ring_x + kSlots * slot;
-    A* const attention = reinterpret_cast<A*>(ring_x + (kCarry == Carry::none ? 1 : 2) * kSlots * slot);
+    const int column = p.column + p.strip * kWidth;
+    const RowCopy<T, kPitch, kLane, kWidth + 2, kAligned> copy(t, s, p, column - 1);
+    T* const ring_x = shared_memory<T>() + p.strip * kRing;
+    T* const ring_carried = ring_x + t.strips * kRing;
+    A* const attention = reinterpret_cast<A*>(shared_memory<T>() + (kCarry == Carry::none ? 1 : 2) * t.strips * kRing);
     const int top = max(p.first - 1, 0), of_x = static_cast<int>(a.x.pixel),
-              of_carried = static_cast<int>(a.carried.pixel);
-    const T* next_x = a.x.at(p.b, p.c, 0) + ((top * W + copy.pixel) * of_x + copy.vector);
-    const T* next_carried = a.carried.at(p.b, p.c, 0) + ((top * W + copy.pixel) * of_carried + copy.vector);
-    const auto after = [&](int in_ring) { return in_ring == (kSlots - 1) * slot ? 0 : in_ring + slot; };
+              of_carried = static_cast<int>(a.carried.pixel), pixel = top * W + column - 1 + copy.of_strip;
+    const T* next_x = a.x.at(p.b, p.c, 0) + (pixel * of_x + copy.vector);
+    const T* next_carried = a.carried.at(p.b, p.c, 0) + (pixel * of_carried + copy.vector);
+    const auto after = [](int in_ring) { return in_ring == kRing - kSlot ? 0 : in_ring + kSlot; };
     int into = 0;  // where in its ring the next row goes
     const auto copy_row = [&](int row) {
         if (row <= p.last) {  // which is below the map where the block's rows are its last
@@ -155,11 +156,11 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
         if constexpr (kCarry == Carry::scaled) filter_carried[0][e] = carried_filter(a.vectors, s.C, p.b, channel, 4);
     }
 
-    const int valid = p.active && c < C ? min(kWidth, p.columns - p.strip * kWidth) : 0, room = min(C - c, kLane);
-    const int at = p.strip * kWidth * kPitch + p.lane * kLane;
+    const int valid = c < C ? min(kWidth, p.columns - p.strip * kWidth) : 0, room = min(C - c, kLane);
+    const int at = p.lane * kLane;
     const auto start = [&](const Map<T>& map) {
         if (!map) return static_cast<T*>(nullptr);
-        return map.at(p.b, c, 0) + (p.first * W + p.column + p.strip * kWidth) * static_cast<int>(map.pixel);
+        return map.at(p.b, c, 0) + (p.first * W + column) * static_cast<int>(map.pixel);
     };
     T *to_o = start(a.o), *to_out = kFolded ? start(a.out) : nullptr;
     const Fold<A, kLane> fold(a, c);
@@ -173,7 +174,7 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
     int here = 0, above = 0;  // where in its ring the row is
     for (int row = top; row <= p.last; ++row) {
         await_copies<kAhead - 1>();
-        __syncthreads();
+        __syncwarp();
         copy_row(row + kAhead);
         strip.advance();
         {

@@ -30,8 +30,16 @@ __device__ __forceinline__ A block_sum(A v, A* shared) {
     return total;
 }
 
-// Close enough for a weight of Chan's formula: off by the last bit of float32.
-__device__ __forceinline__ float reciprocal(float v) { return __fdividef(1.0f, v); }
+// Close enough for a weight of Chan's formula: off by the last bit of float32. Not of a subnormal value.
+__device__ __forceinline__ float reciprocal(float v) {
+#ifdef __CUDA_ARCH__
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+    return result;
+#else
+    return 1.0f / v;
+#endif
+}
 __device__ __forceinline__ double reciprocal(double v) { return 1.0 / v; }
 
 // Mean and sum of squared deviations of `count` values: merged, never subtracted, so that nothing cancels.
