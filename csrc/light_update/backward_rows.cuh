@@ -22,15 +22,21 @@ DLA_HOST_DEVICE inline int backward_ring(int width, bool grad_o, int maps) {
     return kBackwardSlots * kBackwardChannels<T> * ((width + 2) * (grad_o ? 3 : 2) + width * maps);
 }
 
+// Where a block's channels begin in each map that is read: pointers that no register has to keep.
+template <class T>
+struct Bases {
+    const T *grad_out, *o, *grad_o, *x, *carried;
+};
+
 // Bytes of shared memory while a block walks.
 template <class T>
 DLA_HOST_DEVICE inline int64_t backward_rows_shared(const Tiling& t, bool grad_o) {
     return int64_t(t.strips) * backward_ring<T>(t.columns / t.strips, grad_o, t.maps) * int64_t(sizeof(T)) +
-           kBackwardChannels<T> * int64_t(sizeof(Acc<T>));
+           kBackwardChannels<T> * int64_t(sizeof(Acc<T>)) + int64_t(sizeof(Bases<T>));
 }
 
 template <class T, int kMaps, bool kAligned, int kWidth>
-__global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 2 : 4)
     backward_rows(const __grid_constant__ Backward<T> a, const __grid_constant__ Tiling t) {
     using A = Acc<T>;
     constexpr int kPitch = kBackwardChannels<T>, kWide = (kWidth + 2) * kPitch, kNarrow = kWidth * kPitch;
@@ -47,77 +53,76 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
     T* const ring_carried = ring_x + kBackwardSlots * kNarrow;
     T* const ring_grad_o = ring_x + kMaps * kBackwardSlots * kNarrow;
 
-    // Where the next row begins in each map. The first is o's gradient of row first - 1; x and carried belong to the
-    // row above, whose turn it is when o's gradient of a row is there.
-    const auto start = [&](const Map<const T>& map, int row, const auto& copy, int first_column) {
-        if (!map) return static_cast<const T*>(nullptr);
-        const int pixel = row * W + first_column + copy.of_strip;
-        return map.at(p.b, p.c, 0) + (pixel * static_cast<int>(map.pixel) + copy.vector);
-    };
-    const T* next_out = start(a.grad_out, p.first - 1, copy_wide, column - 1);
-    const T* next_o = start(a.o, p.first - 1, copy_wide, column - 1);
-    const T* next_grad_o = start(a.grad_o, p.first - 1, copy_wide, column - 1);
-    const T* next_x = start(a.x, p.first - 2, copy_narrow, column);
-    const T* next_carried = start(a.carried, p.first - 2, copy_narrow, column);
+    A* const attention = reinterpret_cast<A*>(shared_memory<T>() + t.strips * size);
+    Bases<T>& bases = *reinterpret_cast<Bases<T>*>(attention + kPitch);
+    if (threadIdx.x == 0) {
+        const auto base = [&](const auto& map) { return map ? map.at(p.b, p.c, 0) : nullptr; };
+        bases = {base(a.grad_out), base(a.o), base(a.grad_o), base(a.x), base(a.carried)};
+    }
+    __syncthreads();
+
+    // What step k needs: o's gradient of row first - 1 + k; x and carried belong to the row above, whose turn it then
+    // is.
     const auto copy_rows = [&](int k, int slot) {
         const int row = p.first - 1 + k;
-        const auto one = [&](const auto& copy, const Map<const T>& map, const T* from, T* to) {
-            copy(from, static_cast<int>(map.pixel), true, to);
+        const auto one = [&](const auto& copy, const Map<const T>& map, const T* base, int pixel, T* to) {
+            const int distance = static_cast<int>(map.pixel);
+            copy(base + ((pixel + copy.of_strip) * distance + copy.vector), distance, true, to);
         };
         if (row <= p.last) {
             if (row >= 0 && row < H) {
-                one(copy_wide, a.grad_out, next_out, ring_out + slot * kWide);
-                one(copy_wide, a.o, next_o, ring_o + slot * kWide);
-                if (a.grad_o) one(copy_wide, a.grad_o, next_grad_o, ring_grad_o + slot * kWide);
+                const int pixel = row * W + column - 1;
+                one(copy_wide, a.grad_out, bases.grad_out, pixel, ring_out + slot * kWide);
+                one(copy_wide, a.o, bases.o, pixel, ring_o + slot * kWide);
+                if (a.grad_o) one(copy_wide, a.grad_o, bases.grad_o, pixel, ring_grad_o + slot * kWide);
             }
             if (k > 1) {
-                one(copy_narrow, a.x, next_x, ring_x + slot * kNarrow);
-                if constexpr (kMaps > 1) one(copy_narrow, a.carried, next_carried, ring_carried + slot * kNarrow);
+                const int pixel = (row - 1) * W + column;
+                one(copy_narrow, a.x, bases.x, pixel, ring_x + slot * kNarrow);
+                if constexpr (kMaps > 1) {
+                    one(copy_narrow, a.carried, bases.carried, pixel, ring_carried + slot * kNarrow);
+                }
             }
         }
         end_copies();
-        next_out += W * static_cast<int>(a.grad_out.pixel);
-        next_o += W * static_cast<int>(a.o.pixel);
-        next_grad_o += W * static_cast<int>(a.grad_o.pixel);
-        next_x += W * static_cast<int>(a.x.pixel);
-        if constexpr (kMaps > 1) next_carried += W * static_cast<int>(a.carried.pixel);
     };
     copy_rows(0, 0);
     copy_rows(1, 1);
 
-    A* const attention = reinterpret_cast<A*>(shared_memory<T>() + t.strips * size);
     attend(a.vectors, s.C, p.b, p.c, min(t.lanes, C - p.c), attention);
     const int c = p.c + p.lane;
     Side<A, 1> of_x(a, p, 0, c, attention), of_carried(a, p, kMaps - 1, c, attention);
     const OutputGradient<A> line(a, p.b, min(c, C - 1));
 
     const int valid = c < C ? min(kWidth, p.columns - p.strip * kWidth) : 0;
-    const auto start_of_gradient = [&](const Map<T>& map) {
-        if (!map) return static_cast<T*>(nullptr);
-        return map.at(p.b, c, 0) + (p.first * W + column) * static_cast<int>(map.pixel);
-    };
-    T *to_x = start_of_gradient(a.grad_x), *to_carried = start_of_gradient(a.grad_carried);
-    const auto put = [&](const Map<T>& map, T*& to, const A(&values)[kWidth][1]) {
+    const auto put = [&](const Map<T>& map, int row, const A(&values)[kWidth][1]) {
         if (!map) return;
         const int distance = static_cast<int>(map.pixel);
+        T* const to = map.at(p.b, p.c, 0) + ((row * W + column) * distance + p.lane);
         store_row<kAligned, kWhole>(to, distance, values, valid, C - c);
-        to += W * distance;
     };
     const auto inside = [&](int j) {  // whether a column of o's gradient is in the map
         return (kWhole && j > 0 && j <= kWidth) || (column + j - 1 >= 0 && column + j - 1 < W);
     };
 
-    A grad_o[3][kWidth + 2][1], grad_out[kWidth + 2][1] = {};
-    const auto take_row = [&](int row, int slot, A(&to)[kWidth + 2][1]) {
+    // grad_out of the row above, which the gradient of x takes up, is kept, or read again where registers are scarce.
+    constexpr bool kKeep = kWhole && kAligned && sizeof(T) == 2;
+    A grad_o[3][kWidth + 2][1], residual[3][kWidth][1] = {};
+    const auto take_row = [&](int row, int slot, A(&to)[kWidth + 2][1], A(&centre)[kWidth][1]) {
         if (row < 0 || row >= H) {
 #pragma unroll
             for (int j = 0; j < kWidth + 2; ++j) to[j][0] = 0;
             return;
         }
         load_row<kPitch>(ring_o + slot * kWide + p.lane, to);
+        A grad_out[kWidth + 2][1];
         load_row<kPitch>(ring_out + slot * kWide + p.lane, grad_out);
 #pragma unroll
         for (int j = 0; j < kWidth + 2; ++j) to[j][0] = line.of_o * (to[j][0] - line.mean) + line.offset;
+        if constexpr (kKeep) {
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) centre[j][0] = grad_out[j + 1][0];
+        }
         if (a.weight) {
 #pragma unroll
             for (int j = 0; j < kWidth + 2; ++j) to[j][0] = line.of_grad * grad_out[j][0] + to[j][0];
@@ -141,24 +146,26 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
         copy_rows(k + 2, above);
         A grad_map[kWidth][1], values[kWidth][1];
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) grad_map[j][0] = grad_out[j + 1][0] + of_x.offset[0];
-        take_row(p.first - 1 + k, slot, grad_o[slot]);
-        if (k < 2) return;
+        for (int j = 0; j < kWidth; ++j) grad_map[j][0] = residual[above][j][0] + of_x.offset[0];
+        take_row(p.first - 1 + k, slot, grad_o[slot], residual[slot]);
         const auto add = [&](Side<A, 1>& side) {
             side.template add<kWidth>(0, grad_o[slot], values, grad_map);
             side.template add<kWidth>(1, grad_o[above], values, grad_map);
             side.template add<kWidth>(2, grad_o[top], values, grad_map);
         };
-        load_row<kPitch>(ring_x + slot * kNarrow + p.lane, values);
-        add(of_x);
-        put(a.grad_x, to_x, grad_map);
-        if constexpr (kMaps > 1) {
-            load_row<kPitch>(ring_carried + slot * kNarrow + p.lane, values);
+        if (k > 1) {
+            load_row<kPitch>(ring_x + slot * kNarrow + p.lane, values);
+            add(of_x);
+            put(a.grad_x, p.first - 2 + k, grad_map);
+            if constexpr (kMaps > 1) {
+                load_row<kPitch>(ring_carried + slot * kNarrow + p.lane, values);
 #pragma unroll
-            for (int j = 0; j < kWidth; ++j) grad_map[j][0] = 0;
-            add(of_carried);
-            put(a.grad_carried, to_carried, grad_map);
+                for (int j = 0; j < kWidth; ++j) grad_map[j][0] = 0;
+                add(of_carried);
+                put(a.grad_carried, p.first - 2 + k, grad_map);
+            }
         }
+        if constexpr (!kKeep) load_row<kPitch>(ring_out + slot * kWide + kPitch + p.lane, residual[slot]);
     };
     const int steps = p.last - p.first + 2;
     for (int k = 0; k < steps; k += 3) {

@@ -15,8 +15,6 @@ enum class Carry { none, scaled, filtered };
 // A thread's strip is four columns wide: each row is read six wide, and all that is in flight stays in registers.
 constexpr int kColumns = 4;
 constexpr int kMaxThreads = 256;
-// In channels_last two blocks share a multiprocessor's registers, 144 for each thread.
-constexpr int kRowThreads = 224;
 
 // Where a block stands in the map, and a thread in the block; kLane is the number of channels of a lane.
 struct Place {

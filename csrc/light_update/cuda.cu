@@ -21,9 +21,6 @@ constexpr int64_t kPlanesShared = 48 << 10;
 // rows of its neighbours.
 constexpr int64_t kRowBlocks = 2048;
 
-// Strips side by side: a row of 56 columns takes one block.
-constexpr int kRowStrips = 8;
-
 // What counts blocks, or places along an axis, must leave room in an int.
 int count(int64_t n) {
     if (n > (1 << 30)) throw std::runtime_error("light_update: the map is too large for one launch");

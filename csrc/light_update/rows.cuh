@@ -14,6 +14,9 @@ constexpr int kLaneOfRows = sizeof(T) == 8 ? 1 : 2;
 // A strip of forward is this wide where such strips make up the map's width, else of kColumns: the wider one reads and
 // widens fewer of its neighbours' columns.
 constexpr int kWholeColumns = 7;
+// Strips of a block, which only their last sums bring together: a warp each, or less where there are few channels.
+constexpr int kRowStrips = 4;
+constexpr int kRowThreads = kRowStrips * kWarp;
 
 // Copies a thread's share of kCount pixels of a row into a slot of its strip's ring, [kCount, kPitch]. Zeros stand
 // outside the map and beyond its channels. Offsets within a sample fit in 32 bits: the launch has seen to it.
@@ -43,14 +46,14 @@ struct RowCopy {
         T* to = slot + of_strip * kPitch + vector;
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
-            if ((i + 1) * kStep > kCount && of_strip >= kCount - i * kStep) break;
+            const bool mine = (i + 1) * kStep <= kCount || of_strip < kCount - i * kStep;
             const bool there = in_map && (wanted & 1u << i);
             const T* at = from + i * kStep * distance;
             if constexpr (kAligned) {
-                copy_async(to + i * kStep * kPitch, at, there);
+                copy_async_if(mine, to + i * kStep * kPitch, at, there);
             } else {
 #pragma unroll 1
-                for (int e = 0; e < kVector<T>; ++e) {
+                for (int e = 0; mine && e < kVector<T>; ++e) {
                     to[i * kStep * kPitch + e] = there && e < left ? at[e] : narrow<T>(0);
                 }
             }
@@ -95,6 +98,13 @@ constexpr int kForwardAhead = kCarry == Carry::none ? 3 : 2;
 template <Carry kCarry, bool kFolded>
 constexpr int kForwardSlots = kForwardAhead<kCarry> + (kFolded ? 2 : 1);
 
+// Blocks that share a multiprocessor's registers: 128, 96 or 80 for each thread.
+template <class T, Carry kCarry, int kWidth>
+constexpr int kForwardResident = sizeof(T) == 8              ? 2
+                                 : kCarry == Carry::filtered ? 4
+                                 : kWidth == kWholeColumns   ? 5
+                                                             : 6;
+
 // Bytes of shared memory while a block walks.
 template <class T, Carry kCarry, bool kFolded>
 DLA_HOST_DEVICE inline int64_t forward_rows_shared(const Tiling& t) {
@@ -105,7 +115,7 @@ DLA_HOST_DEVICE inline int64_t forward_rows_shared(const Tiling& t) {
 }
 
 template <class T, Carry kCarry, bool kFolded, bool kAligned, int kWidth>
-__global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kRowThreads, kForwardResident<T, kCarry, kWidth>)
     forward_rows(const __grid_constant__ Forward<T> a, const __grid_constant__ Tiling t) {
     using A = Acc<T>;
     constexpr int kLane = kLaneOfRows<T>, kPitch = kForwardChannels<T>;

@@ -21,6 +21,23 @@ __device__ __forceinline__ void copy_async(void* shared, const void* from, bool 
 #endif
 }
 
+// The same where `there`, else nothing: without a branch, so that copies stay together.
+__device__ __forceinline__ void copy_async_if(bool there, void* shared, const void* from, bool wanted) {
+#ifdef __CUDA_ARCH__
+    const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    asm volatile(
+        "{\n"
+        ".reg .pred there;\n"
+        "setp.ne.b32 there, %3, 0;\n"
+        "@there cp.async.cg.shared.global [%0], [%1], 16, %2;\n"
+        "}" ::"r"(to),
+        "l"(from), "r"(wanted ? 16 : 0), "r"(int(there))
+        : "memory");
+#else
+    if (there) copy_async(shared, from, wanted);
+#endif
+}
+
 // Closes a group of this thread's copies, which may be empty.
 __device__ __forceinline__ void end_copies() {
 #ifdef __CUDA_ARCH__
