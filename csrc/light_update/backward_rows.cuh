@@ -36,7 +36,9 @@ DLA_HOST_DEVICE inline int64_t backward_rows_shared(const Tiling& t, bool grad_o
 }
 
 template <class T, int kMaps, bool kAligned, int kWidth>
-__global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 2 : 4)
+__global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 2
+                                               : kAligned     ? 4
+                                                              : 3)
     backward_rows(const __grid_constant__ Backward<T> a, const __grid_constant__ Tiling t) {
     using A = Acc<T>;
     constexpr int kPitch = kBackwardChannels<T>, kWide = (kWidth + 2) * kPitch, kNarrow = kWidth * kPitch;

@@ -98,12 +98,13 @@ constexpr int kForwardAhead = kCarry == Carry::none ? 3 : 2;
 template <Carry kCarry, bool kFolded>
 constexpr int kForwardSlots = kForwardAhead<kCarry> + (kFolded ? 2 : 1);
 
-// Blocks that share a multiprocessor's registers: 128, 96 or 80 for each thread.
-template <class T, Carry kCarry, int kWidth>
-constexpr int kForwardResident = sizeof(T) == 8              ? 2
-                                 : kCarry == Carry::filtered ? 4
-                                 : kWidth == kWholeColumns   ? 5
-                                                             : 6;
+// Blocks that share a multiprocessor's registers: 128, 96 or 80 for each thread, more for what counts elements alone.
+template <class T, Carry kCarry, bool kAligned, int kWidth>
+constexpr int kForwardResident = sizeof(T) == 8 ? 2
+                                                : (kCarry == Carry::filtered ? 4
+                                                   : kWidth == kWholeColumns ? 5
+                                                                             : 6) -
+                                                      !kAligned;
 
 // Bytes of shared memory while a block walks.
 template <class T, Carry kCarry, bool kFolded>
@@ -115,7 +116,7 @@ DLA_HOST_DEVICE inline int64_t forward_rows_shared(const Tiling& t) {
 }
 
 template <class T, Carry kCarry, bool kFolded, bool kAligned, int kWidth>
-__global__ void __launch_bounds__(kRowThreads, kForwardResident<T, kCarry, kWidth>)
+__global__ void __launch_bounds__(kRowThreads, kForwardResident<T, kCarry, kAligned, kWidth>)
     forward_rows(const __grid_constant__ Forward<T> a, const __grid_constant__ Tiling t) {
     using A = Acc<T>;
     constexpr int kLane = kLaneOfRows<T>, kPitch = kForwardChannels<T>;
