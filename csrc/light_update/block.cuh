@@ -12,7 +12,8 @@ namespace dla::light_update {
 // How what is carried enters: not at all, times one factor for each channel, or through a 3x3 filter.
 enum class Carry { none, scaled, filtered };
 
-// A thread's strip is four columns wide: each row is read six wide, and all that is in flight stays in registers.
+// A thread's strip is four columns wide, but where rows.cuh says otherwise: each row is read six wide, and all that is
+// in flight stays in registers.
 constexpr int kColumns = 4;
 constexpr int kMaxThreads = 256;
 

@@ -1,7 +1,7 @@
-// light_update on channels_last maps. A block holds 128 bytes of channels of up to 56 columns and walks down the rows.
-// Each strip has a ring of rows in shared memory of its own, filled ahead of it by 16-byte copies of the strip's own
-// threads, which lie in one warp: on the way down no warp waits for another. Neighbouring strips share a column through
-// L2, so that each map crosses the bus once.
+// light_update on channels_last maps. A block holds 128 bytes of channels of a few strips of columns and walks down the
+// rows. Each strip has a ring of rows in shared memory of its own, filled ahead of it by 16-byte copies of the strip's
+// own threads, which lie in one warp: on the way down no warp waits for another. Neighbouring strips share a column
+// through L2, so that each map crosses the bus once.
 #pragma once
 
 #include "light_update/block.cuh"
