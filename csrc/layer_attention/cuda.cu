@@ -54,7 +54,7 @@ bool in_vectors(const Shape& s, bool channels_last, const Map<const T>& map) {
 template <class T>
 Plan plan(const Shape& s, bool channels_last, bool vectors) {
     const int64_t N = vectors ? kVector<T> : 1, channels = channels_last ? N : 1;  // of a thread
-    const int64_t units = channels_last ? s.HW() : s.HW() / N;
+    const int64_t units = std::max<int64_t>(1, channels_last ? s.HW() : s.HW() / N);  // an empty batch fits any vectors
     if (std::max(units, s.C) > (1 << 30)) throw std::runtime_error("layer_attention: the map is too large");
     Plan p = {};
     p.vectors = vectors;

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads) moments(const NormMoments<T> a, cons
     using A = Acc<T>;
     const W walk(a.shape, plan);
     auto* shared = shared_memory<Moments<A>>();
-    const int warp = threadIdx.x / kWarp, lane = walk.lane;
+    const int warp = threadIdx.x / kWarp;
     walk.each_sample([&](int64_t b) {
         A count = 0, mean[W::N] = {}, deviations[W::N] = {};
         const Cursor<const T> maps[] = {walk.cursor(a.o, b)};
@@ -48,86 +48,87 @@ __global__ void __launch_bounds__(kThreads) moments(const NormMoments<T> a, cons
         }
 #pragma unroll
         for (int i = 0; i < W::kChannels; ++i) merged[i] = warp_merge(merged[i], plan.lanes);
-        bool writes = threadIdx.x % kWarp < plan.lanes;
-        if (plan.team > kWarp) {
-            if (writes) {
-#pragma unroll
-                for (int i = 0; i < W::kChannels; ++i)
-                    shared[(warp * plan.lanes + lane) * W::kChannels + i] = merged[i];
+        const auto write = [&](int64_t c, const Moments<A>& m) {
+            if (c >= a.shape.C) return;
+            if (plan.runs > 1) {
+                reinterpret_cast<Moments<A>*>(a.parts)[(b * plan.runs + walk.run) * a.shape.C + c] = m;
+            } else {
+                a.mean[b * a.shape.C + c] = m.mean;
+                a.var[b * a.shape.C + c] = m.var();
             }
-            __syncthreads();
-            writes = writes && warp == 0;
-            for (int w = 1; writes && w < kThreads / kWarp; ++w) {
+        };
+        const bool leads = threadIdx.x % kWarp < plan.lanes;
+        if (plan.team == kWarp) {
 #pragma unroll
-                for (int i = 0; i < W::kChannels; ++i) {
-                    merged[i].merge(shared[(w * plan.lanes + lane) * W::kChannels + i]);
-                }
-            }
-            __syncthreads();
+            for (int i = 0; leads && i < W::kChannels; ++i) write(walk.c + i, merged[i]);
+            return;
         }
-        if (writes && walk.inside() && plan.runs > 1) {
-            auto* to = reinterpret_cast<Moments<A>*>(a.parts) + (b * plan.runs + walk.run) * a.shape.C + walk.c;
+        // A thread for each channel joins the warps.
+        const int channels = plan.lanes * W::kChannels;
 #pragma unroll
-            for (int i = 0; i < W::kChannels; ++i) to[i] = merged[i];
-        } else if (writes && walk.inside()) {
-#pragma unroll
-            for (int i = 0; i < W::kChannels; ++i) {
-                a.mean[b * a.shape.C + walk.c + i] = merged[i].mean;
-                a.var[b * a.shape.C + walk.c + i] = merged[i].var();
-            }
+        for (int i = 0; leads && i < W::kChannels; ++i) {
+            shared[warp * channels + walk.lane * W::kChannels + i] = merged[i];
         }
+        __syncthreads();
+        for (int i = threadIdx.x; i < channels; i += kThreads) {
+            Moments<A> all = shared[i];
+            for (int w = 1; w < kThreads / kWarp; ++w) all.merge(shared[w * channels + i]);
+            write(int64_t(walk.tile) * channels + i, all);
+        }
+        __syncthreads();
     });
 }
 
-// The statistics of the thread's channels from those of `rows` samples, [rows, C], by the law of total variance.
-template <class W, class A = typename W::A>
-__device__ __forceinline__ void merge_samples(const W& walk, const A* means, const A* vars, int64_t rows, A* shared,
-                                              A (&mean)[W::kChannels], A (&var)[W::kChannels]) {
-    const int64_t C = walk.s.C;
-    const int first = threadIdx.x / walk.plan_.lanes, step = kThreads / walk.plan_.lanes;
-    const bool inside = walk.inside();
-    const auto average = [&](A(&v)[W::kChannels], const auto& value) {
-#pragma unroll
-        for (int i = 0; i < W::kChannels; ++i) v[i] = 0;
-        for (int64_t b = first; inside && b < rows; b += step) {
-#pragma unroll
-            for (int i = 0; i < W::kChannels; ++i) v[i] += value(b * C + walk.c + i, i);
-        }
-        walk.block_sums(v, shared);
-#pragma unroll
-        for (int i = 0; i < W::kChannels; ++i) v[i] /= A(rows);
+// The statistics of all samples from those of each, [rows, C], by the law of total variance: 32 channels to a block, a
+// warp for every so many-th row.
+constexpr int kMergeThreads = 1024;
+
+template <class T>
+__global__ void __launch_bounds__(kMergeThreads) merge_samples(const NormForward<T> a) {
+    using A = Acc<T>;
+    constexpr int kWarps = kMergeThreads / kWarp;
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int64_t C = a.shape.C, c = int64_t(blockIdx.x) * kWarp + lane;
+    A* const shared = shared_memory<A>();
+    const auto average = [&](const auto& value) {
+        A sum = 0;
+#pragma unroll 8
+        for (int64_t b = warp; b < a.rows; b += kWarps) sum += c < C ? value(b * C + c) : A(0);
+        shared[threadIdx.x] = sum;
+        __syncthreads();
+        sum = 0;
+#pragma unroll 8
+        for (int w = 0; w < kWarps; ++w) sum += shared[w * kWarp + lane];
+        __syncthreads();
+        return sum / A(a.rows);
     };
-    if (rows == 1) {
-#pragma unroll
-        for (int i = 0; i < W::kChannels; ++i) {
-            mean[i] = inside ? means[walk.c + i] : A(0);
-            var[i] = inside ? vars[walk.c + i] : A(0);
-        }
-        return;
-    }
-    average(mean, [&](int64_t at, int) { return means[at]; });
-    average(var, [&](int64_t at, int i) {
-        const A apart = means[at] - mean[i];
-        return vars[at] + apart * apart;
-    });
+    const A mean = average([&](int64_t at) { return a.mean[at]; });
+    const A var = average([&](int64_t at) { return a.var[at] + (a.mean[at] - mean) * (a.mean[at] - mean); });
+    if (warp > 0 || c >= C) return;
+    a.used_mean[c] = mean;
+    a.used_var[c] = var;
 }
 
 template <class W, class T, Relu kRelu>
-__global__ void __launch_bounds__(kThreads) forward(const NormForward<T> a, const WalkPlan plan) {
+__global__ void __launch_bounds__(kThreads, W::N * sizeof(T) == 16 ? 3 : 1)
+    forward(const NormForward<T> a, const WalkPlan plan) {
     using A = Acc<T>;
     const W walk(a.shape, plan);
     A* shared = shared_memory<A>();
+    // Those of all samples, merged or given.
+    const A *means = a.rows > 1 ? a.used_mean : a.mean, *vars = a.rows > 1 ? a.used_var : a.var;
     A mean[W::kChannels], scale[W::kChannels], bias[W::kChannels];
-    merge_samples(walk, a.mean, a.var, a.rows, shared, mean, scale);
 #pragma unroll
     for (int i = 0; i < W::kChannels; ++i) {
-        const int64_t c = walk.c + i;
-        if (walk.part() == 0 && threadIdx.x < plan.lanes && walk.inside()) {
+        const int64_t c = walk.inside() ? walk.c + i : 0;
+        const A var = vars[c];
+        mean[i] = means[c];
+        scale[i] = a.weight[c] / sqrt(var + a.eps);
+        bias[i] = a.bias[c];
+        if (a.rows == 1 && walk.part() == 0 && threadIdx.x < plan.lanes && walk.inside()) {
             a.used_mean[c] = mean[i];
-            a.used_var[c] = scale[i];
+            a.used_var[c] = var;
         }
-        scale[i] = walk.inside() ? a.weight[c] / sqrt(scale[i] + a.eps) : A(0);
-        bias[i] = walk.inside() ? a.bias[c] : A(0);
     }
     walk.each_sample([&](int64_t b) {
         const A keep = a.keep ? a.keep[b] : A(1);
@@ -249,7 +250,8 @@ struct Partials {
 };
 
 template <class W, class T, Relu kRelu>
-__global__ void __launch_bounds__(kThreads) sums(const NormSums<T> a, const WalkPlan plan, const Partials<Acc<T>> to) {
+__global__ void __launch_bounds__(kThreads, 2)
+    sums(const NormSums<T> a, const WalkPlan plan, const Partials<Acc<T>> to) {
     using A = Acc<T>;
     const W walk(a.shape, plan);
     A* shared = shared_memory<A>();
@@ -332,7 +334,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class W, class T, Relu kRelu>
-__global__ void __launch_bounds__(kThreads) backward(const NormBackward<T> a, const WalkPlan plan) {
+__global__ void __launch_bounds__(kThreads, 2) backward(const NormBackward<T> a, const WalkPlan plan) {
     using A = Acc<T>;
     const W walk(a.shape, plan);
     const Channels<W> of(walk, a);
@@ -436,6 +438,10 @@ int64_t norm_forward_scratch(const NormForward<T>& a) {
 template <class T>
 void norm_forward(const NormForward<T>& a, cudaStream_t stream) {
     using A = Acc<T>;
+    if (a.rows > 1) {
+        const dim3 blocks(static_cast<unsigned>(ceil_div(a.shape.C, kWarp)));
+        launch(merge_samples<T>, blocks, kMergeThreads, kMergeThreads * sizeof(A), stream, a);
+    }
     on_plan<NormForward<T>, T>(a, {a.x, a.o, to_const(a.out)}, [&](auto* type, const WalkPlan& plan) {
         using W = std::remove_pointer_t<decltype(type)>;
         on_relu(a.relu, [&](auto relu) {

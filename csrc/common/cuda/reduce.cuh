@@ -53,7 +53,7 @@ struct Moments {
     __device__ __forceinline__ void merge(const Moments& other) {
         const A total = count + other.count;
         if (total == A(0)) return;
-        const A apart = other.mean - mean, share = other.count / total;
+        const A apart = other.mean - mean, share = other.count * reciprocal(total);
         mean += apart * share;
         deviations += other.deviations + apart * apart * (count * share);
         count = total;

@@ -2,7 +2,7 @@
 //
 // A thread takes vectors of N elements: N pixels of one channel in NCHW, one pixel of N channels in channels_last. A
 // team of threads (a warp, or the block where maps are large or few) walks one sample's tile: a plane in NCHW, and in
-// channels_last up to 128 bytes of adjacent channels, as many threads side by side. All tiles of a block have the same
+// channels_last up to 256 bytes of adjacent channels, as many threads side by side. All tiles of a block have the same
 // channels, so what is computed for a channel is computed once for several samples. Where tiles are too few to keep the
 // chip busy they are cut into runs of pixels, a block for each, and a launch more joins what the blocks have added up.
 #pragma once
@@ -73,8 +73,8 @@ struct Walk {
     using A = Acc<T>;
     static constexpr int N = N_;
     static constexpr bool kRows = kRows_;
-    // 128 bytes of adjacent channels in vectors; without vectors a warp takes as many as it can.
-    static constexpr int kMostLanes = !kRows ? 1 : N == 1 ? kWarp : 128 / (N * sizeof(T));
+    // 256 bytes of adjacent channels in vectors; without vectors a warp takes as many as it can.
+    static constexpr int kMostLanes = !kRows ? 1 : N == 1 ? kWarp : 256 / (N * sizeof(T));
     static constexpr int kChannels = kRows ? N : 1;  // of a thread
     static constexpr int kThreads = WalkPlan::kThreads;
     // Values of shared memory that a sum over the block needs.
