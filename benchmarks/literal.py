@@ -8,13 +8,19 @@ from torch import Tensor
 
 from dla.cells import State
 from dla.stage import BaseStage, LightStage
+from dla_kernels.common import accumulate_dtype
+
+
+def pooled(x: Tensor) -> Tensor:
+    """GAP, in the state's dtype, which autocast leaves alone: [B, C, H, W] -> [B, C]."""
+    return x.mean((2, 3), dtype=accumulate_dtype(x))
 
 
 def gate(stage: BaseStage | LightStage, y: Tensor, state: State) -> Tensor:
     """d = Dyn(y, c^l), Eq. 6, for one layer: [B, C] -> [B, C]."""
     if stage.config.context == "first":
         state = State(state.hidden[:1].repeat(len(y), 1), state.context[:1].repeat(len(y), 1))
-    refreshed = stage.cell(y, state)
+    refreshed = stage.cell(y.to(state.hidden.dtype), state)
     return refreshed.context if stage.config.gate == "context" else refreshed.hidden
 
 
@@ -35,21 +41,21 @@ def base_stage(stage: BaseStage, x: Tensor) -> Tensor:
     inputs, keys, values, state = [], [], [], None
     for block, attention in zip(stage.blocks, stage.attention, strict=True):
         x = block(x)
-        y = x.mean((2, 3))
+        y = pooled(x)
         if stage.cell is not None:
             state = stage.cell(y, state or stage.cell.initial_state(x))
         if stage.config.cache == "input":
             # x^m <- x^m * d^m; keys and values are made anew from the rewritten maps.
             if stage.cell is not None:
-                inputs = [p * gate(stage, p.mean((2, 3)), state)[:, :, None, None] for p in inputs]
+                inputs = [p * gate(stage, pooled(p), state)[:, :, None, None] for p in inputs]
             inputs.append(x)
             made = list(zip(inputs, stage.attention, strict=False))
-            keys = [a.key(p.mean((2, 3))[:, None])[:, 0] for p, a in made]
+            keys = [a.key(pooled(p)[:, None])[:, 0] for p, a in made]
             values = [a.value(p) for p, a in made]
         else:
             if stage.cell is not None:
                 keys = [k * gate(stage, k, state) for k in keys]
-                values = [v * gate(stage, v.mean((2, 3)), state)[:, :, None, None] for v in values]
+                values = [v * gate(stage, pooled(v), state)[:, :, None, None] for v in values]
             keys.append(attention.key(y[:, None])[:, 0])
             values.append(attention.value(x))
         q = attention.query(y[:, None])[:, 0]
@@ -65,7 +71,7 @@ def light_stage(stage: LightStage, x: Tensor) -> Tensor:
         branch, shortcut = block.branches(x)
         carried = shortcut if stage.config.carry == "shortcut" else o
         x = block.act(branch + shortcut)
-        y = x.mean((2, 3))
+        y = pooled(x)
         if stage.cell is not None:
             state = stage.cell(y, state or stage.cell.initial_state(x))
         q, k = attention.query(y[:, None])[:, 0], attention.key(y[:, None])[:, 0]
@@ -75,7 +81,7 @@ def light_stage(stage: LightStage, x: Tensor) -> Tensor:
         if carried is not None:
             refreshed = carried
             if stage.cell is not None:
-                refreshed = carried * gate(stage, carried.mean((2, 3)), state)[:, :, None, None]
+                refreshed = carried * gate(stage, pooled(carried), state)[:, :, None, None]
                 if stage.carry_conv is not None:
                     refreshed = refreshed + stage.carry_conv(carried)
             o = o + attention.lambda_[:, None, None] * refreshed
