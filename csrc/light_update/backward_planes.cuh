@@ -1,4 +1,5 @@
-// light_update's backward on NCHW maps: the bands of the forward kernel, with o's gradient in accumulators beside them.
+// light_update's backward on NCHW maps: the bands of the forward kernel. What goes into o's gradient lies in shared
+// memory, where every row is read for its neighbours too; x and what is carried are read by their own thread alone.
 #pragma once
 
 #include "light_update/backward.cuh"
@@ -6,77 +7,210 @@
 
 namespace dla::light_update {
 
-// Bytes of shared memory of a block with `maps` maps.
+// Bytes of shared memory of a block with as many slabs.
 template <class T>
-DLA_HOST_DEVICE inline int64_t backward_planes_shared(const Tiling& t, const Shape& s, int maps) {
-    return Slab<T>::size_of(t, s) * (maps * sizeof(T) + sizeof(Acc<T>)) + t.lanes * sizeof(Acc<T>);
+DLA_HOST_DEVICE inline int64_t backward_planes_shared(const Tiling& t, const Shape& s, int slabs) {
+    const int64_t walk = int64_t(slabs) * Slab<T>::size_of(t, s) * sizeof(T) + t.lanes * sizeof(Acc<T>);
+    const int64_t finish = int64_t(t.maps) * 9 * t.lanes * (t.members() | 1) * sizeof(Acc<T>);
+    return walk > finish ? walk : finish;
 }
 
-template <class T>
-__global__ void __launch_bounds__(kMaxThreads, 2)
-    backward_planes(const __grid_constant__ Backward<T> a, const __grid_constant__ Tiling t, bool aligned) {
+// A thread's share in what its map has to do with o's gradient: that of the map, and for each tap the sum of the map
+// times o's gradient shifted by it.
+template <class A, int kTaps>
+struct Share {
+    A products[kTaps] = {};
+
+    // One row of the map and three of o's gradient, the one above first; with a single tap, that is the centre.
+    __device__ __forceinline__ void add(const A (&filter)[kTaps], const A (&above)[kStrip + 2],
+                                        const A (&here)[kStrip + 2], const A (&below)[kStrip + 2],
+                                        const A (&values)[kStrip], A (&grad)[kStrip]) {
+        if constexpr (kTaps == 1) {
+            add_tap<0>(filter, 1, here, values, grad);
+        } else {
+            add_row<0>(filter, below, values, grad);
+            add_row<3>(filter, here, values, grad);
+            add_row<6>(filter, above, values, grad);
+        }
+    }
+
+  private:
+    template <int kFirst>
+    __device__ __forceinline__ void add_row(const A (&filter)[kTaps], const A (&row)[kStrip + 2],
+                                            const A (&values)[kStrip], A (&grad)[kStrip]) {
+        add_tap<kFirst>(filter, 2, row, values, grad);
+        add_tap<kFirst + 1>(filter, 1, row, values, grad);
+        add_tap<kFirst + 2>(filter, 0, row, values, grad);
+    }
+
+    template <int kTap>
+    __device__ __forceinline__ void add_tap(const A (&filter)[kTaps], int from, const A (&row)[kStrip + 2],
+                                            const A (&values)[kStrip], A (&grad)[kStrip]) {
+#pragma unroll
+        for (int j = 0; j < kStrip; ++j) {
+            products[kTap] += values[j] * row[j + from];
+            grad[j] += filter[kTap] * row[j + from];
+        }
+    }
+};
+
+// Adds up the products of the block's threads, member by member, and writes them to the block's part.
+template <Carry kCarry, class T, class A, int kTaps>
+__device__ void finish_shares(const Backward<T>& a, const Tiling& t, const PlanePlace& p, const Share<A, 9>& of_x,
+                              const Share<A, kTaps>& of_carried, A* shared) {
+    const int pitch = t.members() | 1, tap = t.lanes * pitch;  // odd, for the banks
+    A* const own = shared + p.lane * pitch + p.member;
+    __syncthreads();
+    if (p.active) {
+#pragma unroll
+        for (int k = 0; k < 9; ++k) own[k * tap] = of_x.products[k];
+        if constexpr (kCarry != Carry::none) {
+#pragma unroll
+            for (int k = 0; k < kTaps; ++k) own[(9 + k) * tap] = of_carried.products[k];
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < t.maps * 9 * t.lanes; i += blockDim.x) {
+        const int c = p.c + i % t.lanes;
+        int k = i / t.lanes;
+        if (c >= a.shape.C) continue;
+        A* const to = a.parts + ((int64_t(p.b) * t.parts() + p.part) * kProducts + k) * a.shape.C + c;
+        // Where no filter goes over what is carried there is one product for the centre, and no use for others.
+        if (kTaps == 1 && k >= 9) {
+            if (k != 9 + 4) {
+                *to = 0;
+                continue;
+            }
+            k = 9;
+        }
+        const A* const from = shared + (k * t.lanes + i % t.lanes) * pitch;
+        A sum = 0;
+#pragma unroll 4
+        for (int m = 0; m < t.members(); ++m) sum += from[m];
+        *to = sum;
+    }
+}
+
+// Blocks on a multiprocessor, as in forward. Two filters and their products do not fit in 80 registers.
+template <class T, Carry kCarry, bool kAligned>
+constexpr int kBackwardBlocks = sizeof(T) == 8                                            ? 1
+                                : sizeof(T) == 2 && kAligned && kCarry != Carry::filtered ? 3
+                                                                                          : 2;
+
+template <class T, Carry kCarry, bool kAligned>
+__global__ void __launch_bounds__(kPlaneThreads, kBackwardBlocks<T, kCarry, kAligned>)
+    backward_planes(const __grid_constant__ Backward<T> a, const __grid_constant__ Tiling t) {
     using A = Acc<T>;
+    constexpr int kTaps = Filters<A, kCarry>::kTaps;
     const Shape& s = a.shape;
-    const Place p(t, s, t.lanes, false);
-    const int size = Slab<T>::size_of(t, s), H = static_cast<int>(s.H), W = static_cast<int>(s.W);
+    const int C = static_cast<int>(s.C), H = static_cast<int>(s.H), W = static_cast<int>(s.W);
+    const PlanePlace p(t, s);
+    const int size = Slab<T>::size_of(t, s);
     T* const memory = shared_memory<T>();
     const Slab<T> grad_out(t, s, p, a.grad_out, memory), o(t, s, p, a.o, memory + size);
-    const Slab<T> x(t, s, p, a.x, memory + 2 * size), carried(t, s, p, a.carried, memory + 3 * size);
-    const Slab<T> grad_o(t, s, p, a.grad_o, memory + (2 + t.maps) * size);
-    A* const grads = reinterpret_cast<A*>(memory + (2 + t.maps + (a.grad_o ? 1 : 0)) * size);
-    A* const attention = grads + size;
+    const Slab<T> grad_o(t, s, p, a.grad_o, memory + 2 * size);
+    A* const attention = reinterpret_cast<A*>(memory + (a.grad_o ? 3 : 2) * size);
     grad_out.copy();
     o.copy();
-    x.copy();
-    if (t.maps > 1) carried.copy();
     if (a.grad_o) grad_o.copy();
-    attend(a.vectors, s.C, p.b, p.c, min(t.lanes, static_cast<int>(s.C) - p.c), attention);
-    Side<A, 1> side(a, p, p.map, p.c + p.lane, attention);
-    const Map<T> grad_of_map = p.map ? a.grad_carried : a.grad_x;
+
+    const Band band(t, s, p);
+    const int valid = kAligned ? kStrip : band.valid;
+    const bool has_rows = band.valid > 0;
+    const int64_t pixel = int64_t(band.first) * W + band.column;
+    const T *next_x = a.x.at(p.b, band.c, pixel), *next_carried = nullptr;
+    Packed<T> of_x, of_carried;
+    if (has_rows) of_x.template fetch_from<kAligned>(next_x, valid);
+    if constexpr (kCarry != Carry::none) {
+        next_carried = a.carried.at(p.b, band.c, pixel);
+        if (has_rows) of_carried.template fetch_from<kAligned>(next_carried, valid);
+    }
+    Filters<A, kCarry> filters(a.vectors, s.C, p.b, band.c);
+    const OutputGradient<A> line(a, p.b, band.c);
+    const A offset = a.grad_out_mean ? a.grad_out_mean[p.b * s.C + band.c] / A(s.HW()) : A(0);
+    attend_planes(a.vectors, C, p.b, p.c, min(t.lanes, C - p.c), attention);
+    filters.attend_by(a.vectors, p.c, band.c, attention);
     await_copies<0>();
     __syncthreads();
 
-    // o's gradient, run by run: each where the run of the map lies, but from the pitch's beginning on.
-    for (int run = threadIdx.x / kWarp; run < o.runs; run += blockDim.x / kWarp) {
-        const OutputGradient<A> line(a, p.b, p.c + (o.whole ? run : 0));
-        const auto of = [&](const Slab<T>& map) { return map.shared + run * map.pitch + map.offset(map.source(run)); };
-        const T *from_out = of(grad_out), *from_o = of(o), *from_grad_o = of(grad_o);
-        for (int i = threadIdx.x % kWarp; i < o.length; i += kWarp) {
-            A grad = line.at(a.weight ? widen(from_out[i]) : A(0), widen(from_o[i]));
-            if (a.grad_o) grad += widen(from_grad_o[i]);
-            grads[run * o.pitch + i] = grad;
+    const bool wants_x(a.grad_x), wants_carried(a.grad_carried), has_grad_o(a.grad_o);
+    T *to_x = a.grad_x.at(p.b, band.c, pixel), *to_carried = a.grad_carried.at(p.b, band.c, pixel);
+    // o's gradient in a row, zeros outside the map.
+    const int above_first = band.first - 1;
+    const T *from_out = grad_out.at(p.lane, above_first, band.column), *from_o = o.at(p.lane, above_first, band.column);
+    const T* from_grad_o = grad_o.at(p.lane, above_first, band.column);
+    const auto next_row = [&](int row, A(&to)[kStrip + 2]) {
+        if (row < H) {
+            A values[kStrip + 2] = {};
+            if (kCarry != Carry::none || a.weight) band.template load_row<kAligned>(from_out, W, values);
+            band.template load_row<kAligned>(from_o, W, to);
+#pragma unroll
+            for (int j = 0; j < kStrip + 2; ++j) to[j] = line.at(values[j], to[j]);
+            if (has_grad_o) {
+                band.template load_row<kAligned>(from_grad_o, W, values);
+#pragma unroll
+                for (int j = 0; j < kStrip + 2; ++j) to[j] += values[j];
+            }
+            if (!band.left) to[0] = 0;
+            if (kAligned) {
+                if (!band.right) to[kStrip + 1] = 0;
+            } else {
+#pragma unroll
+                for (int j = 0; j <= kStrip; ++j) to[j + 1] = band.column + j < W ? to[j + 1] : A(0);
+            }
+        } else {
+#pragma unroll
+            for (int j = 0; j < kStrip + 2; ++j) to[j] = 0;
+        }
+        from_out += o.row;
+        from_o += o.row;
+        from_grad_o += o.row;
+    };
+    Share<A, 9> share_x;
+    Share<A, kTaps> share_carried;
+    if (has_rows) {
+        A above[kStrip + 2], here[kStrip + 2], below[kStrip + 2];
+        if (band.first > 0) {
+            next_row(band.first - 1, here);
+        } else {
+#pragma unroll
+            for (int j = 0; j < kStrip + 2; ++j) here[j] = 0;
+            from_out += o.row;
+            from_o += o.row;
+            from_grad_o += o.row;
+        }
+        next_row(band.first, below);
+#pragma unroll kCarry == Carry::scaled || !kAligned ? 1 : 3
+        for (int row = band.first; row < band.last; ++row) {
+#pragma unroll
+            for (int j = 0; j < kStrip + 2; ++j) {
+                above[j] = here[j];
+                here[j] = below[j];
+            }
+            next_row(row + 1, below);
+            A values[kStrip], grad[kStrip];
+            of_x.to(values);
+            next_x += W;
+            if (row + 1 < band.last) of_x.template fetch_from<kAligned>(next_x, valid);
+            load_strip<kAligned>(from_out - 2 * o.row, valid, grad);
+#pragma unroll
+            for (int j = 0; j < kStrip; ++j) grad[j] += offset;
+            share_x.add(filters.x, above, here, below, values, grad);
+            if (wants_x) store_strip<kAligned>(to_x, grad, valid);
+            to_x += W;
+            if constexpr (kCarry != Carry::none) {
+                of_carried.to(values);
+                next_carried += W;
+                if (row + 1 < band.last) of_carried.template fetch_from<kAligned>(next_carried, valid);
+#pragma unroll
+                for (int j = 0; j < kStrip; ++j) grad[j] = 0;
+                share_carried.add(filters.carried, above, here, below, values, grad);
+                if (wants_carried) store_strip<kAligned>(to_carried, grad, valid);
+                to_carried += W;
+            }
         }
     }
-    __syncthreads();
-
-    const int valid = p.active && p.c + p.lane < s.C ? min(kColumns, p.columns - p.strip * kColumns) : 0;
-    const int column = p.column + p.strip * kColumns;
-    const int band = (p.last - p.first + t.groups - 1) / t.groups, first = p.first + p.group * band;
-    const int last = min(p.last, first + band);
-    for (int row = first; valid > 0 && row < last; ++row) {
-        const T* from_map = (p.map ? carried.at(p.lane, row) : x.at(p.lane, row)) + column;
-        const T* from_out = grad_out.at(p.lane, row) + column;
-        A values[kColumns][1] = {}, grad_map[kColumns][1] = {};
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) {
-            if (j >= valid) break;
-            values[j][0] = widen(from_map[j]);
-            if (!p.map) grad_map[j][0] = widen(from_out[j]) + side.offset[0];
-        }
-#pragma unroll
-        for (int dy = 0; dy < 3; ++dy) {
-            const int of = row + 1 - dy;
-            if (of < 0 || of >= H) continue;
-            const int run = o.whole ? p.lane : of - static_cast<int>(o.top);
-            const A* from = grads + run * o.pitch + (o.whole ? (of - o.top) * s.W : -o.left);
-            A grad[kColumns + 2][1];
-            load_row(from, column, W, grad);
-            side.template add<kColumns>(dy, grad, values, grad_map);
-        }
-        if (!grad_of_map) continue;
-        store_strip(grad_of_map.at(p.b, p.c + p.lane, int64_t(row) * W + column), grad_map, valid, aligned);
-    }
-    finish_products(a, t, p, side.products, shared_memory<A>());
+    finish_shares<kCarry>(a, t, p, share_x, share_carried, shared_memory<A>());
 }
 
 }  // namespace dla::light_update

@@ -35,10 +35,14 @@ DLA_HOST_DEVICE inline int64_t backward_rows_shared(const Tiling& t, bool grad_o
            kBackwardChannels<T> * int64_t(sizeof(Acc<T>)) + int64_t(sizeof(Bases<T>));
 }
 
+// Blocks that share a multiprocessor's registers.
+template <class T, int kMaps, bool kAligned>
+constexpr int kBackwardResident = sizeof(T) == 8           ? 2
+                                  : kAligned && kMaps == 1 ? 4
+                                                           : 3;
+
 template <class T, int kMaps, bool kAligned, int kWidth>
-__global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 2
-                                               : kAligned     ? 4
-                                                              : 3)
+__global__ void __launch_bounds__(kRowThreads, (kBackwardResident<T, kMaps, kAligned>))
     backward_rows(const __grid_constant__ Backward<T> a, const __grid_constant__ Tiling t) {
     using A = Acc<T>;
     constexpr int kPitch = kBackwardChannels<T>, kWide = (kWidth + 2) * kPitch, kNarrow = kWidth * kPitch;

@@ -13,13 +13,13 @@
 namespace dla::light_update {
 namespace {
 
-// Every GPU from sm_80 on gives a block this much shared memory; one cut for all keeps their bits the same.
-constexpr int64_t kMaxShared = 96 << 10;
-// A block of planes stays smaller, for several on a multiprocessor: one computes while the others load.
-constexpr int64_t kPlanesShared = 48 << 10;
+// For the slabs of a block of planes, so that several fit on a multiprocessor with 228 KiB, four and in backward three:
+// one computes while the others load. Every GPU from sm_80 on gives a block this much; one cut for all keeps their bits
+// the same.
+constexpr int64_t kPlanesShared = 54 << 10, kBackwardPlanesShared = 74 << 10;
 // Blocks enough for some waves on the largest GPUs, so that the last one weighs little, but no more: each reads two
 // rows of its neighbours.
-constexpr int64_t kRowBlocks = 2048;
+constexpr int64_t kRowBlocks = 4096;
 
 // What counts blocks, or places along an axis, must leave room in an int.
 int count(int64_t n) {
@@ -56,15 +56,15 @@ Tiling cut_rows(const Shape& s, int maps) {
 
 template <class T>
 Tiling cut_planes(const Shape& s, int maps) {
-    const int64_t bytes = maps ? (3 + maps) * sizeof(T) + sizeof(Acc<T>) : 2 * sizeof(T);  // of a pixel
-    const int64_t budget = maps ? kMaxShared - (24 << 10) : kPlanesShared;
+    const int64_t bytes = (maps ? 3 : 2) * sizeof(T);  // of a pixel in the slabs
+    const int64_t budget = maps ? kBackwardPlanesShared : kPlanesShared;
     Tiling t = {};
     t.maps = t.teams = std::max(1, maps);
     t.lanes = 1;
     t.tiles = 1;
     t.columns = static_cast<int>(std::min<int64_t>(s.W, 1 << 20));
     int64_t rows = budget / (bytes * s.W) - 2;
-    if (s.W * t.maps > kColumns * kMaxThreads || (rows < 4 && rows + 2 < s.H)) {
+    if (s.W > kStrip * kPlaneThreads || (rows < 4 && rows + 2 < s.H)) {
         t.columns = 128;
         t.tiles = count(ceil_div(s.W, t.columns));
         rows = budget / (bytes * (t.columns + 2 + 2 * kVector<T>)) - 2;
@@ -73,18 +73,17 @@ Tiling cut_planes(const Shape& s, int maps) {
     t.runs = count(ceil_div(s.H, std::min(rows, s.H)));
     t.rows = static_cast<int>(ceil_div(s.H, t.runs));
     t.runs = count(ceil_div(s.H, t.rows));
-    t.strips = static_cast<int>(ceil_div(t.columns, kColumns));
-    t.groups = static_cast<int>(std::min<int64_t>(ceil_div(t.rows, 16), std::max(1, kMaxThreads / t.strips / t.maps)));
+    t.strips = static_cast<int>(ceil_div(t.columns, kStrip));
+    t.groups = static_cast<int>(std::min<int64_t>(ceil_div(t.rows, 16), std::max(1, kPlaneThreads / t.strips)));
     if (t.runs == 1 && t.tiles == 1) {
-        const int64_t pitch = round_up(s.HW(), kVector<T>) + kVector<T>;
-        const int64_t fit = std::min<int64_t>(budget / (bytes * pitch), kMaxThreads / (t.members() * t.maps));
-        t.lanes = static_cast<int>(std::max<int64_t>(1, std::min(fit, s.C)));
+        const int64_t fit =
+            std::min(budget / (bytes * (s.HW() + kVector<T> - 1)), int64_t(kPlaneThreads / t.members()));
+        const int64_t chunks = ceil_div(s.C, std::max<int64_t>(1, fit));
+        t.lanes = static_cast<int>(ceil_div(s.C, std::max<int64_t>(1, chunks)));
     }
+    t.lanes = std::max(1, t.lanes);
     t.chunks = count(ceil_div(s.C, t.lanes));
-    const int64_t walk = maps ? backward_planes_shared<T>(t, s, 3 + maps)
-                              : Slab<T>::size_of(t, s) * 2 * int64_t(sizeof(T)) + t.lanes * int64_t(sizeof(Acc<T>));
-    const int64_t finish = maps ? maps * 9 * sizeof(Acc<T>) : sizeof(Moments<Acc<T>>);
-    t.shared = static_cast<int>(std::max(walk, finish * t.lanes * t.members()));
+    t.shared = static_cast<int>(maps ? backward_planes_shared<T>(t, s, 3) : forward_planes_shared<T>(t, s, 2));
     return t;
 }
 
@@ -104,14 +103,13 @@ void check_samples(const Shape& s, const Maps&... maps) {
     }
 }
 
-// Whether maps can be accessed in vectors: of channels in channels_last, of a strip's columns in NCHW, where reading
-// finds its own way.
+// Whether maps can be accessed in vectors: of channels in channels_last, of a strip's columns in NCHW.
 template <class... Maps>
 bool fit(bool channels_last, const Shape& s, const Maps&... maps) {
     const auto one = [&](const auto& map) {
         constexpr int kVec = 16 / sizeof(*map.data);
         if (channels_last) return in_vectors<kVec>(map, s.C);
-        return s.W % kColumns == 0 && in_vectors<std::min(kColumns, kVec)>(map, s.W);
+        return s.W % kStrip == 0 && in_vectors<std::min(kStrip, kVec)>(map, s.W);
     };
     return (one(maps) && ...);
 }
@@ -130,7 +128,7 @@ void launch(const Forward<T>& a, const Tiling& t, bool channels_last, CUstream_s
     if (s.B * s.C == 0) return;
     if (channels_last) check_samples(s, a.x, a.carried, a.o, a.out);
     const dim3 grid(count(s.B * t.blocks()));
-    const bool aligned = fit(channels_last, s, a.o, a.out) && (!channels_last || fit(true, s, a.x, a.carried));
+    const bool aligned = fit(channels_last, s, a.x, a.carried, a.o, a.out);
     on_carry(a, [&](auto carry) {
         const auto run = [&](auto folded) {
             constexpr Carry kCarry = decltype(carry)::value;
@@ -147,7 +145,10 @@ void launch(const Forward<T>& a, const Tiling& t, bool channels_last, CUstream_s
                 const int64_t shared = std::max<int64_t>(t.shared, forward_rows_shared<T, kCarry, kFolded>(t));
                 dla::launch(kernel, grid, t.threads(), shared, stream, a, t);
             } else {
-                dla::launch(forward_planes<T, kCarry, kFolded>, grid, t.threads(), t.shared, stream, a, t, aligned);
+                const auto kernel =
+                    aligned ? forward_planes<T, kCarry, kFolded, true> : forward_planes<T, kCarry, kFolded, false>;
+                const auto shared = forward_planes_shared<T>(t, s, kCarry == Carry::filtered ? 2 : 1);
+                dla::launch(kernel, grid, kPlaneThreads, shared, stream, a, t);
             }
             if (t.parts() == 1) return;
             const dim3 joins(count(ceil_div(s.B * s.C, kMaxThreads)));
@@ -162,8 +163,7 @@ void launch(const Backward<T>& a, const Tiling& t, bool channels_last, CUstream_
     using A = Acc<T>;
     const Shape& s = a.shape;
     if (channels_last) check_samples(s, a.grad_out, a.grad_o, a.o, a.x, a.carried, a.grad_x, a.grad_carried);
-    const bool aligned = fit(channels_last, s, a.grad_x, a.grad_carried) &&
-                         (!channels_last || fit(true, s, a.x, a.carried, a.o, a.grad_out, a.grad_o));
+    const bool aligned = fit(channels_last, s, a.grad_x, a.grad_carried, a.x, a.carried, a.o, a.grad_out, a.grad_o);
     if (s.B * s.C > 0) {
         const dim3 grid(count(s.B * t.blocks()));
         if (channels_last) {
@@ -181,7 +181,12 @@ void launch(const Backward<T>& a, const Tiling& t, bool channels_last, CUstream_
             t.columns == t.strips* kWideColumns ? of_maps(std::integral_constant<int, kWideColumns>{})
                                                 : of_maps(std::integral_constant<int, kWholeColumns>{});
         } else {
-            dla::launch(backward_planes<T>, grid, t.threads(), t.shared, stream, a, t, aligned);
+            on_carry(a, [&](auto carry) {
+                constexpr Carry kCarry = decltype(carry)::value;
+                const auto kernel = aligned ? backward_planes<T, kCarry, true> : backward_planes<T, kCarry, false>;
+                const auto shared = backward_planes_shared<T>(t, s, a.grad_o ? 3 : 2);
+                dla::launch(kernel, grid, kPlaneThreads, shared, stream, a, t);
+            });
         }
         dla::launch(sample_gradients<T>, dim3(count(s.B)), kSampleThreads, kSampleThreads / kWarp * sizeof(A), stream,
                     a, t);

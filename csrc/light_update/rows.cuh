@@ -98,14 +98,11 @@ constexpr int kForwardAhead = kCarry == Carry::none ? 3 : 2;
 template <Carry kCarry, bool kFolded>
 constexpr int kForwardSlots = kForwardAhead<kCarry> + (kFolded ? 2 : 1);
 
-// Blocks that share a multiprocessor's registers: 128, 96 or 80 for each thread, more for what counts elements alone.
-template <class T, Carry kCarry, bool kFolded, bool kAligned, int kWidth>
-constexpr int forward_resident() {
-    if (sizeof(T) == 8) return 2;
-    const bool whole = kWidth == kWholeColumns, many = kCarry == Carry::scaled && kFolded && whole;
-    const int blocks = kCarry == Carry::filtered || many ? 4 : whole ? 5 : 6;
-    return kAligned ? blocks : blocks - 1;
-}
+// Blocks that share a multiprocessor's registers, more of them for what counts elements alone: 128 for each thread.
+template <class T, bool kAligned>
+constexpr int kForwardResident = sizeof(T) == 8 ? 2
+                                 : kAligned     ? 4
+                                                : 3;
 
 // Bytes of shared memory while a block walks.
 template <class T, Carry kCarry, bool kFolded>
@@ -117,7 +114,7 @@ DLA_HOST_DEVICE inline int64_t forward_rows_shared(const Tiling& t) {
 }
 
 template <class T, Carry kCarry, bool kFolded, bool kAligned, int kWidth>
-__global__ void __launch_bounds__(kRowThreads, forward_resident<T, kCarry, kFolded, kAligned, kWidth>())
+__global__ void __launch_bounds__(kRowThreads, (kForwardResident<T, kAligned>))
     forward_rows(const __grid_constant__ Forward<T> a, const __grid_constant__ Tiling t) {
     using A = Acc<T>;
     constexpr int kLane = kLaneOfRows<T>, kPitch = kForwardChannels<T>;

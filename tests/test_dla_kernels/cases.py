@@ -245,6 +245,7 @@ ROWS = [
         ("one pixel", (4, 17, 1, 1), {}),
         ("one channel", (3, 1, 9, 9), {"relu": "branch"}),  # whose sums do not all but cancel
         ("no sample", (0, 8, 4, 4), {"keep": True, "statistics": "running"}),  # it has no statistics of its own
+        ("no sample of one pixel", (0, 8, 1, 1), {"statistics": "running"}),
         ("planes sliced", (2, 16, 6, 6), {"layout": "planes sliced"}),
         ("rows sliced", (2, 16, 6, 6), {"layout": "rows sliced"}),
         ("mixed layouts", (2, 16, 6, 6), {"other": "rows"}),
@@ -272,6 +273,7 @@ ROWS = [
         ("one row", (2, 8, 1, 9), {"carry": "gate filter"}),
         ("one column", (2, 8, 9, 1), {"layout": "rows", "carry": "gate filter"}),
         ("no sample", (0, 8, 4, 4), {"statistics": "running"}),
+        ("no sample of one pixel", (0, 8, 1, 1), {"statistics": "running"}),
         ("planes sliced", (2, 16, 6, 6), {"layout": "planes sliced"}),
         ("rows sliced", (2, 16, 6, 6), {"layout": "rows sliced", "carry": "gate filter"}),
         ("mixed layouts", (2, 16, 6, 6), {"layout": "rows", "other": "planes"}),
@@ -291,6 +293,7 @@ ROWS = [
         ("one pixel", (4, 17, 1, 1), {}),
         ("one channel", (3, 1, 9, 9), {}),
         ("no sample", (0, 8, 4, 4), {"statistics": "running"}),
+        ("no sample of one pixel", (0, 8, 1, 1), {"statistics": "running"}),
         ("planes sliced", (2, 16, 6, 6), {"layout": "planes sliced"}),
         ("rows sliced", (2, 16, 6, 6), {"layout": "rows sliced"}),
         ("mixed layouts", (2, 16, 6, 6), {"other": "rows"}),
