@@ -43,11 +43,14 @@ def rows_of(
     full: bool = False,
     ops: Sequence[str] = (),
     models: Sequence[str] = (),
+    only: str = "",
 ) -> list[Row]:
-    """The rows of some questions, by default of all, or of those that the ops and models given belong to.
+    """The rows of some questions, by default of all, or of those that the ops and models given belong to; of these the
+    ones in whose name ``only`` stands.
 
     Raises:
-        ValueError: an unknown question, op or model, or an op or model beside questions that it does not belong to.
+        ValueError: an unknown question, op or model, or an op or model beside questions that it does not belong to; no
+            row of such a name.
     """
     for question in questions:
         if question not in QUESTIONS:
@@ -60,7 +63,11 @@ def rows_of(
                 f"`{question.removesuffix('s')}` belongs to the question {question}, which is not among "
                 f"{', '.join(asked)}"
             )
-    return [row for question in asked for row in QUESTIONS[question](device, full, **given.get(question, {}))]
+    rows = [row for question in asked for row in QUESTIONS[question](device, full, **given.get(question, {}))]
+    found = [row for row in rows if only in row.name]
+    if rows and not found:
+        raise ValueError(f"`only` must stand in a row's name, such as {rows[0].name!r}, got {only!r}")
+    return found
 
 
 def find_device(name: str) -> torch.device:

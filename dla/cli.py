@@ -346,6 +346,7 @@ def bench(
     ] = None,
     op: Annotated[list[str] | None, typer.Option(help="Only these ops; an unknown one lists all.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="Only these models; an unknown one lists all.")] = None,
+    only: Annotated[str, typer.Option(help="Only rows in whose name this stands, such as 256x256x56x56.")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     full: Annotated[bool, typer.Option("--full", help="Every size, dtype, layout and model; hours on a CPU.")] = False,
     out: Annotated[Path, typer.Option(help="A folder named after the device is made in it.")] = Path("bench"),
@@ -368,12 +369,13 @@ def bench(
         if compare is not None:
             raise typer.Exit(_compare(*compare, threshold))
         where = run.find_device(device)
-        rows = run.rows_of(questions or [], where, full, op or [], model or [])
+        rows = run.rows_of(questions or [], where, full, op or [], model or [], only)
         folder = writable_folder(out / run.slug(where))
         chosen = [
             *(questions or []),
             *(w for o in op or [] for w in ("--op", o)),
             *(w for m in model or [] for w in ("--model", m)),
+            *(["--only", only] if only else []),
             *(["--device", device] if device != "auto" else []),
             *(["--full"] if full else []),
             *(["--no-keep-memory"] if not keep_memory else []),

@@ -541,6 +541,7 @@ def test_compare_knows_another_machine(results):
         (["--model", "torchvision.models:resnet7+dla_l"], "`model` torchvision.models:resnet7: module 'torchvision"),
         (["speed"], "`question` must be one of ops, blocks, models, depth, launches, floors, got 'speed'"),
         (["blocks", "--op", "gap_dsu"], "`op` belongs to the question ops, which is not among blocks"),
+        (["ops", "--only", "1x1"], "`only` must stand in a row's name, such as 'ops gap_dsu forward 32x64x32x32"),
         (["--device", "tpu"], "`device` must be auto or one of cpu"),
         (["--out", "/dev/null/x"], "`out` must be a folder that can be written, got /dev/null/x"),
     ],
@@ -551,6 +552,11 @@ def test_bad_input_is_refused_before_the_work(arguments, words, monkeypatch, tmp
     done = CliRunner().invoke(cli.app, ["bench", *arguments])
     assert done.exit_code == 2
     assert words in done.output
+
+
+def test_only_rows_of_a_name():
+    names = [row.name for row in run.rows_of(["ops", "blocks"], CPU, only="backward 24x256")]
+    assert names == [row.name for row in run.rows_of(["ops"], CPU) if "backward 24x256x56x56" in row.name] != []
 
 
 def test_command(monkeypatch, tmp_path):
