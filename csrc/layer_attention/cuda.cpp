@@ -66,7 +66,7 @@ struct Values {
         using A = Acc<T>;
         const bool vectors =
             all_in_vectors<T>(shape, channels_last, maps) && all_in_vectors<T>(shape, channels_last, others);
-        const auto plan = layer_attention::plan<T>(shape, channels_last, vectors);
+        const auto plan = layer_attention::plan<T>(shape, channels_last, vectors, layer_attention::kForwardBytes);
         const Tensor parts = new_tensor(q, {args.x ? 0 : 3 * shape.B * shape.C * plan.runs});
         const Tensor sums = new_sums(first, q, maps.size() > kMaps);
         const auto between = sums_map<A>(sums, shape, channels_last);
@@ -191,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cuda_
         const bool vectors = all_in_vectors<T>(s, channels_last, in.maps) &&
                              all_in_vectors<T>(s, channels_last, later) &&
                              all_in_vectors<T>(s, channels_last, {in.first, grad_out, grad_o, grad_value});
-        const auto plan = layer_attention::plan<T>(s, channels_last, vectors);
+        const auto plan = layer_attention::plan<T>(s, channels_last, vectors, layer_attention::kBackwardBytes);
         const size_t layers = in.maps.size(), most = std::max(layers, later.size());
         const Tensor parts = new_tensor(in.q, {s.B * s.C * plan.runs * static_cast<int64_t>(layers)});
         const Tensor sums = new_sums(in.first, in.q, need_value && most > kMaps);

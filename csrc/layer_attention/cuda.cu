@@ -52,14 +52,14 @@ bool in_vectors(const Shape& s, bool channels_last, const Map<const T>& map) {
 }
 
 template <class T>
-Plan plan(const Shape& s, bool channels_last, bool vectors) {
-    const int64_t N = vectors ? kVector<T> : 1, channels = channels_last ? N : 1;  // of a thread
+Plan plan(const Shape& s, bool channels_last, bool vectors, int bytes) {
+    const int64_t N = vectors ? kVector<T> : 1, channels = channels_last ? N : 1;     // of a thread
     const int64_t units = std::max<int64_t>(1, channels_last ? s.HW() : s.HW() / N);  // an empty batch fits any vectors
     if (std::max(units, s.C) > (1 << 30)) throw std::runtime_error("layer_attention: the map is too large");
     Plan p = {};
     p.vectors = vectors;
-    // 128 bytes of adjacent channels, or what is there; without vectors a warp's width.
-    const int64_t widest = vectors ? 128 / 16 : kWarp;
+    // So many bytes of adjacent channels, or what is there; without vectors a warp's width.
+    const int64_t widest = vectors ? bytes / 16 : kWarp;
     p.lanes = channels_last ? static_cast<int>(std::min(widest, power_of_two_from(ceil_div(s.C, N)))) : 1;
     const int64_t wanted = power_of_two_from(ceil_div(units * p.lanes, kDepth));
     p.team = static_cast<int>(std::max<int64_t>(kWarp, std::min<int64_t>(kMaxThreads, wanted)));
@@ -109,7 +109,7 @@ void finish(const Backward<T>& a, const Plan& p, CUstream_st* stream) {
 }
 
 #define DLA_INSTANTIATE(T)                                                     \
-    template Plan plan<T>(const Shape&, bool, bool);                           \
+    template Plan plan<T>(const Shape&, bool, bool, int);                      \
     template bool in_vectors(const Shape&, bool, const Map<const T>&);         \
     template void launch(const Forward<T>&, const Plan&, bool, CUstream_st*);  \
     template void launch(const Backward<T>&, const Plan&, bool, CUstream_st*); \

@@ -86,9 +86,13 @@ struct Plan {
     DLA_HOST_DEVICE int64_t blocks() const { return int64_t(chunks) * runs; }  // of a sample
 };
 
+// Bytes of adjacent channels that a block reads side by side in channels_last. Backward keeps sums of every layer for
+// them, and has no room for as many.
+constexpr int kForwardBytes = 256, kBackwardBytes = 128;
+
 // Decided by shape and type, and by whether all maps can be read in vectors.
 template <class T>
-Plan plan(const Shape& shape, bool channels_last, bool vectors);
+Plan plan(const Shape& shape, bool channels_last, bool vectors, int bytes);
 
 template <class T>
 bool in_vectors(const Shape& shape, bool channels_last, const Map<const T>& map);
