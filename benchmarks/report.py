@@ -119,7 +119,7 @@ COLUMNS: dict[str, dict[str, Callable[[dict], str]]] = {
     },
     "floors": {
         **_MS,
-        "reached": lambda row: f"{reached(row):.2f} {row['facts']['unit']}",
+        "reached": lambda row: f"{reached(row):.3g} {row['facts']['unit']}",
         "asked": lambda row: f"{'≤' if row['facts']['is_most'] else '≥'} {row['facts']['asked']:g}",
         "launches": lambda row: str(row["facts"].get("launches", "")),
         "met": lambda row: "yes" if met(row) else "no",
@@ -178,10 +178,12 @@ def notes(results: dict) -> list[str]:
     """What the tables leave to be said: goals, rows that were disturbed, and rivals that could not run."""
     rows = [row for row in results["rows"] if "error" not in row]
     held = [
-        of_copy(row) >= row["facts"]["goal"] if row["question"] == "ops" else ratio(row) <= row["facts"]["goal"]
+        met(row) if row["question"] == "floors"
+        else of_copy(row) >= row["facts"]["goal"] if row["question"] == "ops"
+        else ratio(row) <= row["facts"]["goal"]
         for row in rows
-        if "goal" in row["facts"]
-    ]
+        if row["facts"].keys() & {"goal", "asked"}
+    ]  # fmt: skip
     lines = [f"{sum(held)} of {len(held)} goals (at least, at most) are met."] if held else []
     if disturbed := sum(unrest(row) > DISTURBED for row in rows):
         lines.append(f"{disturbed} of {len(rows)} rows spread by more than {DISTURBED:.0%}: the machine was busy.")
