@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from dla_kernels import measured, native, triton
+from dla_kernels.common import constant_to_a_compiler
 
 #: By name, the one that "auto" prefers first.
 BACKENDS = ("native", "triton", "reference")
@@ -59,7 +60,7 @@ def preference(device: torch.device, op: str | None = None) -> tuple[str, ...]:
     return first, *(name for name in BACKENDS if name != first)
 
 
-@torch.compiler.assume_constant_result  # a compiler does not see into a device
+@constant_to_a_compiler  # a compiler does not see into a device
 def _capability(device: torch.device) -> str:
     return "{}.{}".format(*torch.cuda.get_device_capability(device))
 

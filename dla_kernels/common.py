@@ -92,3 +92,9 @@ def merge_moments(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
 def expand_heads(per_head: Tensor, head_dim: int) -> Tensor:
     """[..., heads] -> [..., C]: each head's value for all of its channels."""
     return per_head.repeat_interleave(head_dim, dim=-1)
+
+
+def constant_to_a_compiler(function: Callable) -> Callable:
+    """What ``torch.compiler.assume_constant_result`` does, without loading the compiler for it."""
+    function._dynamo_marked_constant = True
+    return function

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import torch
 
+from dla_kernels.common import constant_to_a_compiler
+
 
 def _load() -> str | None:
     """Loads ``dla_kernels._C``, which registers the library ops; returns why it could not."""
@@ -55,7 +57,7 @@ def _cuda_text(function: str) -> str:
     return call().decode()
 
 
-@torch.compiler.assume_constant_result  # a compiler sees neither into a library nor into a device
+@constant_to_a_compiler  # a compiler sees neither into a library nor into a device
 def why_not(device: torch.device) -> str | None:
     """Why the native kernels cannot run on ``device``; None where they can."""
     if ERROR is not None:
