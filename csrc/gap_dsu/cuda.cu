@@ -303,7 +303,7 @@ void gap_dsu_backward(const GapDsuBackward<A>& a, cudaStream_t stream) {
     const DsuProducts<A> products(a.dsu, a.carried ? 2 * a.B : a.B, a.B, 1, at.grad_gates, at.hidden, at.grad_hidden,
                                   a.y, a.carried, a.h, at.new_h, a.grad_weights);
     launch_phases<A>(backward<A>, Backward<A>{a, at, products}, {a.B, a.dsu.size(), 0, products.tiles(), kWeights},
-                     a.carried ? kTwoSteps : kOneStep, std::max(kDsuShared<A>, kProductShared) * sizeof(A), stream);
+                     a.carried ? kTwoSteps : kOneStep, std::max(kDsuShared<A>, kProductShared<A>) * sizeof(A), stream);
 }
 
 template int64_t gap_dsu_forward_scratch(GapDsuForward<float>&);

@@ -132,7 +132,7 @@ void refresh_gates_backward(const RefreshGatesBackward<A>& a, cudaStream_t strea
     const Scratch<A> at(a);
     const DsuProducts<A> products(a.dsu, a.M(), a.M(), a.T, at.grad_gates, at.hidden, at.grad_hidden, at.product,
                                   nullptr, a.h, nullptr, a.grad_weights);
-    const int64_t shared = std::max<int64_t>({kDsuShared<A>, kProductShared, a.dsu.R}) * sizeof(A);
+    const int64_t shared = std::max<int64_t>({kDsuShared<A>, kProductShared<A>, a.dsu.R}) * sizeof(A);
     launch_phases<A>(backward<A>, Backward<A>{a, at, products},
                      {a.M(), a.dsu.size(), 0, products.tiles() + a.B, kFinish}, DsuPhases{63}, shared, stream);
 }

@@ -337,6 +337,7 @@ ROWS = [
         ("one layer", (3, 16, 1, 1), {"T": 1}),
         ("deep stage", (2, 8, 1, 1), {"T": 36, "form": "split"}),
         ("primes", (7, 37, 1, 1), {"T": 5}),
+        ("many rows", (23, 33, 1, 1), {"T": 9, "form": "split"}),
         ("wide", (2, 132, 1, 1), {"T": 5}),
         ("many weights", (2, 256, 1, 1), {"T": 3, "gate": "hidden"}),
         ("many weights, split", (2, 200, 1, 1), {"form": "split"}),

@@ -321,8 +321,109 @@ __device__ __forceinline__ void dsu_input_gradients(const Dsu<A>& d, const DsuRo
     }
 }
 
+// Sums over k < K of p(k, i) q(k, j), for kI values of i and kJ of j. A chunk of kChunk k lies in shared memory while
+// the next one is on its way into registers. A thread has 4 by 4 sums, 16 FMAs for two vectors of float32 from shared
+// memory; kThreads threads have a tile, and the block's groups of so many share the k of a chunk, one after the other.
+template <class A, int kI, int kJ, int kChunk>
+struct DsuTile {
+    static constexpr int kSide = 4, kAll = kDsuThreads<A>, kThreads = kI * kJ / (kSide * kSide);
+    static constexpr int kGroups = kAll / kThreads;
+    // Vectors stay aligned, and 8 k by 4 lanes of a transposed store meet different banks.
+    static constexpr int kPitchI = kI + 4, kPitchJ = kJ + 4;
+    static constexpr int kShared = std::max(kChunk * (kPitchI + kPitchJ), kGroups * kI * kJ);
+    static_assert(kChunk % 8 == 0 && kChunk * kI % kAll == 0 && kChunk * kJ % kAll == 0 && kGroups > 0);
+
+    // A chunk of one operand: where k is what lies side by side, 8 lanes take a sector of it, else a row's lanes do.
+    template <int kWide, bool kAlong>
+    struct Operand {
+        A next[kChunk * kWide / kAll];
+
+        template <class From>
+        __device__ __forceinline__ void read(const From& from, int64_t k0, int64_t K) {
+            each([&](A& value, int k, int i) { value = k0 + k < K ? from(k0 + k, i) : A(0); });
+        }
+        __device__ __forceinline__ void write(A* shared) {
+            each([&](A& value, int k, int i) { shared[k * (kWide + 4) + i] = value; });
+        }
+        template <class Body>
+        __device__ __forceinline__ void each(const Body& body) {
+#pragma unroll
+            for (int at = 0; at < kChunk * kWide / kAll; ++at) {
+                const int n = at * kAll + threadIdx.x;
+                if (kAlong) {
+                    body(next[at], n / (8 * kWide) * 8 + n % 8, n / 8 % kWide);
+                } else {
+                    body(next[at], n / kWide, n % kWide);
+                }
+            }
+        }
+    };
+
+    static __device__ __forceinline__ void read_side(const A* from, A (&to)[kSide]) {
+        constexpr int N = kVector<A>;
+#pragma unroll
+        for (int i = 0; i < kSide; i += N) {
+            A part[N];
+            load(from + i, part);
+#pragma unroll
+            for (int k = 0; k < N; ++k) to[i + k] = part[k];
+        }
+    }
+
+    // Then calls finish(sum), where sum(i, j) is one of them, for any thread.
+    template <bool kPAlong, bool kQAlong, class P, class Q, class Finish>
+    static __device__ __forceinline__ void run(int64_t K, const P& p, const Q& q, A* shared, const Finish& finish) {
+        const int group = threadIdx.x / kThreads, place = threadIdx.x % kThreads;
+        const int i0 = place / (kJ / kSide) * kSide, j0 = place % (kJ / kSide) * kSide;
+        A *p_chunk = shared, *q_chunk = shared + kChunk * kPitchI;
+        Operand<kI, kPAlong> of_p;
+        Operand<kJ, kQAlong> of_q;
+        A sums[kSide][kSide] = {};
+        of_p.read(p, 0, K);
+        of_q.read(q, 0, K);
+#pragma unroll 1
+        for (int64_t k0 = 0; k0 < K; k0 += kChunk) {
+            of_p.write(p_chunk);
+            of_q.write(q_chunk);
+            __syncthreads();
+            if (k0 + kChunk < K) {
+                of_p.read(p, k0 + kChunk, K);
+                of_q.read(q, k0 + kChunk, K);
+            }
+            const int end = group < kGroups ? static_cast<int>(min(K - k0, int64_t(kChunk))) : 0;
+#pragma unroll 4
+            for (int k = group; k < end; k += kGroups) {
+                A u[kSide], v[kSide];
+                read_side(p_chunk + k * kPitchI + i0, u);
+                read_side(q_chunk + k * kPitchJ + j0, v);
+#pragma unroll
+                for (int i = 0; i < kSide; ++i) {
+#pragma unroll
+                    for (int j = 0; j < kSide; ++j) sums[i][j] += u[i] * v[j];
+                }
+            }
+            __syncthreads();
+        }
+        if (group < kGroups) {
+#pragma unroll
+            for (int i = 0; i < kSide; ++i) {
+#pragma unroll
+                for (int j = 0; j < kSide; ++j) shared[group * kI * kJ + (i0 + i) * kJ + j0 + j] = sums[i][j];
+            }
+        }
+        __syncthreads();
+        finish([&](int i, int j) {
+            A total = 0;
+#pragma unroll
+            for (int n = 0; n < kGroups; ++n) total += shared[n * kI * kJ + i * kJ + j];
+            return total;
+        });
+        __syncthreads();
+    }
+};
+
 // out[i, j] = sum over the rows m of p[m, i] q[m / T, j], and bias[i] = sum of p[m, i]: a part of the weights'
-// gradient. From row `turn` on, q's rows are those of q_later.
+// gradient, in tiles. From row `turn` on, q's rows are those of q_later.
 template <class A>
 struct DsuProduct {
     const A *p, *q, *q_later;
@@ -332,8 +433,11 @@ struct DsuProduct {
     int64_t pitch;
     A* bias;
 
-    static constexpr int kTile = 32;
-    DLA_HOST_DEVICE int64_t tiles() const { return ceil_div(I, kTile) * ceil_div(J, kTile); }
+    static constexpr int kSide = 32;
+    using Tile = DsuTile<A, kSide, kSide, 96>;
+    // The bias is a column more, of ones.
+    DLA_HOST_DEVICE int64_t columns() const { return ceil_div(J + (bias ? 1 : 0), kSide); }
+    DLA_HOST_DEVICE int64_t tiles() const { return ceil_div(I, kSide) * columns(); }
 };
 
 // All of them: those of a joint unit are three.
@@ -370,49 +474,31 @@ struct DsuProducts {
     }
 };
 
-// Threads that a tile takes; the block's others have none of it.
-constexpr int kProductThreads = 256;
-// Rows that a block takes at once, and values of shared memory: two tiles of them.
-constexpr int kProductRows = 32, kProductShared = 2 * kProductRows * DsuProduct<float>::kTile;
+template <class A>
+constexpr int kProductShared = DsuProduct<A>::Tile::kShared;
 
-// One tile, 32 by 32: a thread has 4 rows of one column.
 template <class A>
 __device__ void dsu_product_tile(const DsuProducts<A>& all, int64_t tile, A* shared) {
-    constexpr int kTile = DsuProduct<A>::kTile, kEach = kTile * kTile / kProductThreads;
+    constexpr int kSide = DsuProduct<A>::kSide;
     int part = 0;
     while (tile >= all.parts[part].tiles()) tile -= all.parts[part++].tiles();
     const DsuProduct<A>& a = all.parts[part];
-    const int64_t columns = ceil_div(a.J, kTile);
-    const int64_t i0 = tile / columns * kTile, j0 = tile % columns * kTile;
-    const int column = threadIdx.x % kTile, row = threadIdx.x / kTile;
-    const bool works = threadIdx.x < kProductThreads;
-    A *p = shared, *q = shared + kProductRows * kTile;
-    A sums[kEach] = {}, of_bias = 0;
-    for (int64_t m0 = 0; m0 < all.M; m0 += kProductRows) {
-        for (int r = row; works && r < kProductRows; r += kProductThreads / kTile) {
-            const int64_t m = m0 + r, i = i0 + column, j = j0 + column;
-            const A* from = m < a.turn ? a.q + m / a.T * a.q_pitch : a.q_later + (m - a.turn) * a.q_pitch;
-            p[r * kTile + column] = m < all.M && i < a.I ? a.p[m * a.p_pitch + i] : A(0);
-            q[r * kTile + column] = m < all.M && j < a.J ? from[j] : A(0);
+    const int64_t i0 = tile / a.columns() * kSide, j0 = tile % a.columns() * kSide;
+    const auto p = [&](int64_t m, int i) { return i0 + i < a.I ? a.p[m * a.p_pitch + i0 + i] : A(0); };
+    const auto q = [&](int64_t m, int j) {
+        if (j0 + j >= a.J) return A(a.bias && j0 + j == a.J ? 1 : 0);
+        // More rows than 32 bits count fit into no memory; a division of 64 bits would take longer than the load.
+        const int64_t row = m >= a.turn ? m - a.turn : a.T == 1 ? m : unsigned(m) / unsigned(a.T);
+        return (m < a.turn ? a.q : a.q_later)[row * a.q_pitch + j0 + j];
+    };
+    DsuProduct<A>::Tile::template run<false, false>(all.M, p, q, shared, [&](const auto& sum) {
+        for (int n = threadIdx.x; n < kSide * kSide; n += kDsuThreads<A>) {
+            const int64_t i = i0 + n / kSide, j = j0 + n % kSide;
+            if (i >= a.I) continue;
+            if (j < a.J) a.out[i * a.pitch + j] = sum(n / kSide, n % kSide);
+            if (a.bias && j == a.J) a.bias[i] = sum(n / kSide, n % kSide);
         }
-        __syncthreads();
-#pragma unroll 4
-        for (int r = 0; works && r < kProductRows; ++r) {
-            const A v = q[r * kTile + column];
-#pragma unroll
-            for (int k = 0; k < kEach; ++k) sums[k] += p[r * kTile + row + k * (kTile / kEach)] * v;
-        }
-        if (a.bias && j0 == 0 && row == 0) {
-            for (int r = 0; r < kProductRows; ++r) of_bias += p[r * kTile + column];
-        }
-        __syncthreads();
-    }
-#pragma unroll
-    for (int k = 0; k < kEach; ++k) {
-        const int64_t i = i0 + row + k * (kTile / kEach), j = j0 + column;
-        if (works && i < a.I && j < a.J) a.out[i * a.pitch + j] = sums[k];
-    }
-    if (a.bias && j0 == 0 && row == 0 && i0 + column < a.I) a.bias[i0 + column] = of_bias;
+    });
 }
 
 }  // namespace dla
