@@ -48,25 +48,26 @@ __global__ void __launch_bounds__(WalkPlan::kThreads) pool(const Pool a, A* y, A
 
 // A phase of the step's launch: a warp for each tile of the rows' samples. As few warps are resident as its registers
 // allow, so each has 128 bytes of a lane under way.
-template <class A>
+template <class A, class Rows>
 struct PoolRows {
     const Pool& a;
-    const DsuRows& rows;
+    const Rows& rows;
     A* y;
 
     template <class W, class T>
     __device__ __forceinline__ void operator()(W*, T*) const {
         constexpr int kAtOnce = sizeof(Word<T, W::N>) < 8 ? 16 : 128 / sizeof(Word<T, W::N>);
         const WalkPlan plan(a.shape, W::lanes(a.shape.C), W::kChannels);
-        const int64_t first = blockIdx.y * kDsuWarps<A> + threadIdx.x / kWarp, step = gridDim.y * kDsuWarps<A>;
-        for (int64_t k = first; k < plan.tiles * kDsuRows; k += step) {
-            if (!rows.has(k % kDsuRows)) continue;
-            const W walk(a.shape, plan, static_cast<int>(k / kDsuRows), 0);
+        const int64_t first = rows.block() * kDsuWarps<A> + threadIdx.x / kWarp;
+        for (int64_t k = first; k < plan.tiles * rows.size(); k += rows.blocks() * kDsuWarps<A>) {
+            const int64_t i = k % rows.size();
+            if (!rows.has(i)) continue;
+            const W walk(a.shape, plan, static_cast<int>(k / rows.size()), 0);
             A total[W::kChannels] = {};
-            const Cursor<const T> maps[] = {walk.cursor(a.map<T>(), rows.row(k % kDsuRows))};
+            const Cursor<const T> maps[] = {walk.cursor(a.map<T>(), rows.row(i))};
             walk.template each_vector<kAtOnce>(maps, Add<W, T>{total});
             walk.warp_sums(total);
-            write(walk, total, A(a.shape.HW()), y + rows.row(k % kDsuRows) * a.shape.C);
+            write(walk, total, A(a.shape.HW()), y + rows.row(i) * a.shape.C);
         }
     }
 };
@@ -103,24 +104,26 @@ DLA_HOST_DEVICE __forceinline__ void on_map(const Pool& a, const Body& body) {
 
 enum : int { kPool, kReduceState, kExpandState, kReduceGate, kExpandGate };
 
-template <class A>
+template <class A, class Rows>
 __global__ void __launch_bounds__(kDsuThreads<A>, 1)
     forward(const __grid_constant__ GapDsuForward<A> a, const DsuPhases phases) {
     const Dsu<A>& d = a.dsu;
-    const DsuRows rows(a.B);
-    phases.run(kPool, [&] { on_map<A>(a.pool, PoolRows<A>{a.pool, rows, a.pooled}); });
-    phases.run(kReduceState, [&] { dsu_reduce(d, rows, a.y, a.h, 1, a.hidden); });
+    const Rows rows(a.B);
+    A* shared = shared_memory<A>();
+    phases.run(kPool, [&] { on_map<A>(a.pool, PoolRows<A, Rows>{a.pool, rows, a.pooled}); });
+    phases.run(kReduceState, [&] { dsu_reduce(d, rows, a.y, a.h, 1, a.hidden, shared); });
     phases.run(kExpandState, [&] {
-        dsu_expand(d, rows, a.hidden, [&](int64_t row, int64_t j, A input, A forget, A candidate) {
+        dsu_expand(d, rows, a.hidden, shared, [&](int64_t row, int64_t j, A input, A forget, A candidate) {
             const int64_t at = row * d.C + j;
             const A context = forget * a.c[at] + input * candidate;
             a.new_c[at] = context;
             a.new_h[at] = activate(d.activation, context);
         });
     });
-    phases.run(kReduceGate, [&] { dsu_reduce(d, rows, a.carried, static_cast<const A*>(a.new_h), 1, a.hidden); });
+    phases.run(kReduceGate,
+               [&] { dsu_reduce(d, rows, a.carried, static_cast<const A*>(a.new_h), 1, a.hidden, shared); });
     phases.run(kExpandGate, [&] {
-        dsu_expand(d, rows, a.hidden, [&](int64_t row, int64_t j, A input, A forget, A candidate) {
+        dsu_expand(d, rows, a.hidden, shared, [&](int64_t row, int64_t j, A input, A forget, A candidate) {
             const int64_t at = row * d.C + j;
             const A context = forget * a.new_c[at] + input * candidate;
             a.gate[at] = a.of_context ? context : activate(d.activation, context);
@@ -176,7 +179,7 @@ enum : int {
 constexpr DsuPhases kOneStep = {1u << kReduce | 1u << kGate | 1u << kHidden | 1u << kInput | 1u << kWeights};
 constexpr DsuPhases kTwoSteps = {(1u << (kWeights + 1)) - 1};
 
-template <class A>
+template <class A, class Rows>
 __global__ void __launch_bounds__(kDsuThreads<A>, 1)
     backward(const __grid_constant__ Backward<A> both, const DsuPhases phases) {
     const GapDsuBackward<A>& a = both.args;
@@ -185,10 +188,10 @@ __global__ void __launch_bounds__(kDsuThreads<A>, 1)
     const int64_t C = d.C, second_gates = a.B * 3 * C, second_hidden = a.B * d.hidden();
     A* shared = shared_memory<A>();
     const auto or_zero = [](const A* from, int64_t i) { return from ? from[i] : A(0); };
-    DsuRows::each_group(a.B, [&](const DsuRows& rows) {
-        phases.run(kReduce, [&] { dsu_reduce(d, rows, a.y, a.h, 1, at.hidden); });
+    Rows::each_group(a.B, [&](const Rows& rows) {
+        phases.run(kReduce, [&] { dsu_reduce(d, rows, a.y, a.h, 1, at.hidden, shared); });
         phases.run(kState, [&] {
-            dsu_expand(d, rows, at.hidden, [&](int64_t row, int64_t j, A input, A forget, A candidate) {
+            dsu_expand(d, rows, at.hidden, shared, [&](int64_t row, int64_t j, A input, A forget, A candidate) {
                 const int64_t i = row * C + j;
                 const A context = forget * a.c[i] + input * candidate;
                 at.new_c[i] = context;
@@ -196,31 +199,32 @@ __global__ void __launch_bounds__(kDsuThreads<A>, 1)
             });
         });
         phases.run(kReduceSecond, [&] {
-            dsu_reduce(d, rows, a.carried, static_cast<const A*>(at.new_h), 1, at.hidden + second_hidden);
+            dsu_reduce(d, rows, a.carried, static_cast<const A*>(at.new_h), 1, at.hidden + second_hidden, shared);
         });
         phases.run(kGateSecond, [&] {
-            dsu_expand(d, rows, at.hidden + second_hidden, [&](int64_t row, int64_t j, A input, A forget, A candidate) {
-                const int64_t i = row * C + j;
-                const A before = at.new_c[i], context = forget * before + input * candidate;
-                A grad = or_zero(a.grad_gate, i);
-                if (!a.of_context) grad *= activation_slope(d.activation, context);
-                dsu_gate_gradients(d, row, j, grad, before, input, forget, candidate, at.grad_gates + second_gates);
-                at.from_c[i] = grad * forget;
-            });
+            dsu_expand(d, rows, at.hidden + second_hidden, shared,
+                       [&](int64_t row, int64_t j, A input, A forget, A candidate) {
+                           const int64_t i = row * C + j;
+                           const A before = at.new_c[i], context = forget * before + input * candidate;
+                           A grad = or_zero(a.grad_gate, i);
+                           if (!a.of_context) grad *= activation_slope(d.activation, context);
+                           dsu_gate_gradients(d, row, j, grad, before, input, forget, candidate,
+                                              at.grad_gates + second_gates);
+                           at.from_c[i] = grad * forget;
+                       });
         });
         phases.run(kHiddenSecond, [&] {
             dsu_hidden_gradients(d, rows, at.grad_gates + second_gates, at.hidden + second_hidden,
                                  at.grad_hidden + second_hidden, shared);
         });
         phases.run(kInputSecond, [&] {
-            dsu_input_gradients<true>(d, rows, at.grad_hidden + second_hidden,
-                                      [&](int64_t row, int64_t j, A of_carried, A of_h) {
-                                          a.grad_carried[row * C + j] = of_carried;
-                                          at.from_h[row * C + j] = of_h;
-                                      });
+            dsu_input_gradients<true>(
+                d, rows, at.grad_hidden + second_hidden, shared,
+                [&](int64_t row, int64_t j, A of_carried) { a.grad_carried[row * C + j] = of_carried; },
+                [&](int64_t row, int64_t j, A of_h) { at.from_h[row * C + j] = of_h; });
         });
         phases.run(kGate, [&] {
-            dsu_expand(d, rows, at.hidden, [&](int64_t row, int64_t j, A input, A forget, A candidate) {
+            dsu_expand(d, rows, at.hidden, shared, [&](int64_t row, int64_t j, A input, A forget, A candidate) {
                 const int64_t i = row * C + j;
                 const A before = a.c[i], context = forget * before + input * candidate;
                 const A of_h = or_zero(a.grad_new_h, i) + (a.carried ? at.from_h[i] : A(0));
@@ -232,10 +236,12 @@ __global__ void __launch_bounds__(kDsuThreads<A>, 1)
         });
         phases.run(kHidden, [&] { dsu_hidden_gradients(d, rows, at.grad_gates, at.hidden, at.grad_hidden, shared); });
         phases.run(kInput, [&] {
-            dsu_input_gradients<true>(d, rows, at.grad_hidden, [&](int64_t row, int64_t j, A of_y, A of_h) {
-                a.grad_y[row * C + j] = of_y + or_zero(a.grad_of_y, row * C + j);
-                a.grad_h[row * C + j] = of_h;
-            });
+            dsu_input_gradients<true>(
+                d, rows, at.grad_hidden, shared,
+                [&](int64_t row, int64_t j, A of_y) {
+                    a.grad_y[row * C + j] = of_y + or_zero(a.grad_of_y, row * C + j);
+                },
+                [&](int64_t row, int64_t j, A of_h) { a.grad_h[row * C + j] = of_h; });
         });
     });
     phases.run_pieces(kWeights, both.products.tiles(),
@@ -289,7 +295,8 @@ void gap_dsu_forward(const GapDsuForward<A>& a, cudaStream_t stream) {
         });
     }
     const int64_t of_row = phases & 1u << kPool ? s.C * s.HW() : 0;
-    launch_phases<A>(forward<A>, a, {a.B, a.dsu.size(), of_row, 0, 0}, DsuPhases{phases}, 0, stream);
+    launch_phases<A>(forward<A, DsuRows>, forward<A, DsuAllRows>, a, {a.B, a.dsu.size(), of_row, 0, 0},
+                     DsuPhases{phases}, 0, stream);
 }
 
 template <class A>
@@ -302,8 +309,9 @@ void gap_dsu_backward(const GapDsuBackward<A>& a, cudaStream_t stream) {
     const Scratch<A> at(a);
     const DsuProducts<A> products(a.dsu, a.carried ? 2 * a.B : a.B, a.B, 1, at.grad_gates, at.hidden, at.grad_hidden,
                                   a.y, a.carried, a.h, at.new_h, a.grad_weights);
-    launch_phases<A>(backward<A>, Backward<A>{a, at, products}, {a.B, a.dsu.size(), 0, products.tiles(), kWeights},
-                     a.carried ? kTwoSteps : kOneStep, std::max(kDsuShared<A>, kProductShared<A>) * sizeof(A), stream);
+    launch_phases<A>(backward<A, DsuRows>, backward<A, DsuAllRows>, Backward<A>{a, at, products},
+                     {a.B, a.dsu.size(), 0, products.tiles(), kWeights}, a.carried ? kTwoSteps : kOneStep,
+                     std::max(kDsuShared<A>, kProductShared<A>) * sizeof(A), stream);
 }
 
 template int64_t gap_dsu_forward_scratch(GapDsuForward<float>&);

@@ -317,6 +317,8 @@ ROWS = [
         ("wide", (5, 132, 3, 3), {}),
         ("many weights", (5, 256, 1, 1), {"carried": True}),  # which several blocks of a GPU share
         ("many weights, many rows", (26, 200, 1, 1), {"form": "split", "pooled": True}),
+        ("many weights, in tiles", (67, 235, 1, 1), {"carried": True, "gate": "hidden"}),
+        ("many weights, split, in tiles", (70, 202, 2, 3), {"form": "split", "layout": "rows"}),
         ("large map", (3, 24, 20, 20), {"layout": "rows"}),  # of which GAP is a launch of its own
         ("large planes", (1, 2, 200, 192), {}),
         ("many weights, split", (2, 200, 1, 1), {"form": "split"}),
@@ -341,6 +343,8 @@ ROWS = [
         ("wide", (2, 132, 1, 1), {"T": 5}),
         ("many weights", (2, 256, 1, 1), {"T": 3, "gate": "hidden"}),
         ("many weights, split", (2, 200, 1, 1), {"form": "split"}),
+        ("many weights, in tiles", (23, 235, 1, 1), {"gate": "hidden"}),
+        ("many weights, split, in tiles", (14, 202, 1, 1), {"T": 5, "form": "split"}),
         ("two channels", (3, 2, 1, 1), {}),
         ("no sample", (0, 8, 1, 1), {"form": "split"}),
     ),

@@ -2,7 +2,8 @@
 // that a weight that it reads serves as many; what one phase leaves for the next lies in global memory. A large unit's
 // weights would keep a few blocks busy for long: there several blocks (gridDim.y) share the outputs of a phase, and all
 // blocks are launched together, with a barrier of the grid between two phases. How the outputs are shared changes no
-// sum.
+// sum. Where a large unit has many rows, its phases are products of matrices, in tiles through shared memory, which all
+// blocks share: the shapes alone say which form a call takes.
 #pragma once
 
 #include <algorithm>
@@ -30,12 +31,13 @@ constexpr int kDsuUnroll = 16 / sizeof(A);
 // would move every phase's addresses into registers.
 struct DsuPhases {
     unsigned set;
+    bool across = false;  // whether a phase takes what other blocks left
 
     // For the block's rows.
     template <class Body>
     __device__ __forceinline__ void run(int phase, const Body& body) const {
         if (!(set >> phase & 1)) return;
-        if (set & ((1u << phase) - 1)) gridDim.y > 1 ? grid_barrier() : __syncthreads();
+        if (set & ((1u << phase) - 1)) across ? grid_barrier() : __syncthreads();
         body();
     }
 
@@ -48,6 +50,130 @@ struct DsuPhases {
     }
 };
 
+// threadIdx.x, but what follows from it is computed where it stands: else the compiler would keep every phase's
+// addresses in registers through all of them.
+__device__ __forceinline__ unsigned thread_here() {
+    unsigned thread = threadIdx.x;
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+r"(thread));
+#endif
+    return thread;
+}
+
+// Sums over k < K of p(k, i) q(k, j), for kI values of i and kJ of j. A chunk of kChunk k lies in shared memory while
+// the next one is on its way into registers. A thread has 4 by 4 sums, 16 FMAs for two vectors of float32 from shared
+// memory; kThreads threads have a tile, and the block's groups of so many share the k of a chunk, one after the other.
+template <class A, int kI, int kJ, int kChunk>
+struct DsuTile {
+    static constexpr int kSide = 4, kAll = kDsuThreads<A>, kThreads = kI * kJ / (kSide * kSide);
+    static constexpr int kGroups = kAll / kThreads;
+    // Vectors stay aligned, and 8 k by 4 lanes of a transposed store meet different banks.
+    static constexpr int kPitchI = kI + 4, kPitchJ = kJ + 4;
+    static constexpr int kShared = std::max(kChunk * (kPitchI + kPitchJ), kGroups * kI * kJ);
+    static_assert(kChunk % 8 == 0 && kChunk * kI % kAll == 0 && kChunk * kJ % kAll == 0 && kGroups > 0);
+
+    // A chunk of one operand: where k is what lies side by side, 8 lanes take a sector of it, else a row's lanes do.
+    template <int kWide, bool kAlong>
+    struct Operand {
+        A next[kChunk * kWide / kAll];
+
+        template <class From>
+        __device__ __forceinline__ void read(const From& from, int64_t k0, int64_t K) {
+            each([&](A& value, int k, int i) { value = k0 + k < K ? from(k0 + k, i) : A(0); });
+        }
+        __device__ __forceinline__ void write(A* shared) {
+            each([&](A& value, int k, int i) { shared[k * (kWide + 4) + i] = value; });
+        }
+        template <class Body>
+        __device__ __forceinline__ void each(const Body& body) {
+            constexpr int kRun = kAlong ? 8 : 1, kLines = kAll / kRun;  // lanes along k, and values of i beside them
+            const unsigned thread = thread_here(), along = thread % kRun, line = thread / kRun;
+#pragma unroll
+            for (int at = 0; at < kChunk * kWide / kAll; ++at) {
+                if (kLines % kWide == 0) {  // the same i each time
+                    body(next[at], (line / kWide + at * (kLines / kWide)) * kRun + along, line % kWide);
+                } else {
+                    const unsigned n = line + at * kLines;
+                    body(next[at], n / kWide * kRun + along, n % kWide);
+                }
+            }
+        }
+    };
+
+    static __device__ __forceinline__ void read_side(const A* from, A (&to)[kSide]) {
+        constexpr int N = kVector<A>;
+#pragma unroll
+        for (int i = 0; i < kSide; i += N) {
+            A part[N];
+            load(from + i, part);
+#pragma unroll
+            for (int k = 0; k < N; ++k) to[i + k] = part[k];
+        }
+    }
+
+    // Then calls finish(sum), where sum(i, j) is one of them, for any thread.
+    template <bool kPAlong, bool kQAlong, class P, class Q, class Finish>
+    static __device__ __forceinline__ void run(int64_t K, const P& p, const Q& q, A* shared, const Finish& finish) {
+        const int thread = thread_here(), group = thread / kThreads, place = thread % kThreads;
+        const int i0 = place / (kJ / kSide) * kSide, j0 = place % (kJ / kSide) * kSide;
+        A *p_chunk = shared, *q_chunk = shared + kChunk * kPitchI;
+        Operand<kI, kPAlong> of_p;
+        Operand<kJ, kQAlong> of_q;
+        A sums[kSide][kSide] = {};
+        of_p.read(p, 0, K);
+        of_q.read(q, 0, K);
+#pragma unroll 1
+        for (int64_t k0 = 0; k0 < K; k0 += kChunk) {
+            of_p.write(p_chunk);
+            of_q.write(q_chunk);
+            __syncthreads();
+            if (k0 + kChunk < K) {
+                of_p.read(p, k0 + kChunk, K);
+                of_q.read(q, k0 + kChunk, K);
+            }
+            const int end = group < kGroups ? static_cast<int>(min(K - k0, int64_t(kChunk))) : 0;
+#pragma unroll 4
+            for (int k = group; k < end; k += kGroups) {
+                A u[kSide], v[kSide];
+                read_side(p_chunk + k * kPitchI + i0, u);
+                read_side(q_chunk + k * kPitchJ + j0, v);
+#pragma unroll
+                for (int i = 0; i < kSide; ++i) {
+#pragma unroll
+                    for (int j = 0; j < kSide; ++j) sums[i][j] += u[i] * v[j];
+                }
+            }
+            __syncthreads();
+        }
+        if (group < kGroups) {
+#pragma unroll
+            for (int i = 0; i < kSide; ++i) {
+#pragma unroll
+                for (int j = 0; j < kSide; ++j) shared[group * kI * kJ + (i0 + i) * kJ + j0 + j] = sums[i][j];
+            }
+        }
+        __syncthreads();
+        finish([&](int i, int j) {
+            A total = 0;
+#pragma unroll
+            for (int n = 0; n < kGroups; ++n) total += shared[n * kI * kJ + i * kJ + j];
+            return total;
+        });
+        __syncthreads();
+    }
+};
+
+// Outputs of rows and channels; of rows and hidden units, few and with long sums; of rows and three gates of a channel.
+template <class A>
+using DsuSquare = DsuTile<A, 32, 32, 96>;
+template <class A>
+using DsuUnits = DsuTile<A, 16, 16, 192>;
+constexpr int kDsuTileRows = 32, kDsuTileGates = 16, kDsuTileUnits = 16;
+template <class A>
+using DsuGates = DsuTile<A, kDsuTileRows, 3 * kDsuTileGates, 48>;
+template <class A>
+constexpr int kDsuTiledShared = std::max({DsuSquare<A>::kShared, DsuUnits<A>::kShared, DsuGates<A>::kShared});
+
 // What a launch is made for: its rows, values that a row's phases read in common (weights) and alone (a map), and
 // the pieces of the phase `last`, where there is one.
 struct DsuWork {
@@ -55,30 +181,42 @@ struct DsuWork {
     int last;
 };
 
+// 256 KiB of float32: what one multiprocessor reads in a few microseconds, about the cost of two barriers.
+constexpr int64_t kDsuSmall = 1 << 16;
+// From so many rows on a large unit's phases go in tiles: with fewer most blocks would have none.
+constexpr int64_t kDsuTiledRows = 64;
+
+inline bool dsu_tiled(const DsuWork& work) { return work.weights > kDsuSmall && work.rows >= kDsuTiledRows; }
+
+// `groups` takes DsuRows and so much shared memory, `tiles` DsuAllRows and as much as they need.
 template <class A, class Args>
-void launch_phases(void (*kernel)(Args, DsuPhases), const Args& args, const DsuWork& work, DsuPhases phases,
-                   size_t shared, cudaStream_t stream) {
-    // 256 KiB of float32: what one multiprocessor reads in a few microseconds, about the cost of two barriers.
-    constexpr int64_t kSmall = 1 << 16, kSlice = 1 << 14;
-    const int64_t values = work.weights + kDsuRows * work.of_row, groups = ceil_div(work.rows, kDsuRows);
-    int64_t slices = values <= kSmall ? 1 : std::min<int64_t>(64, ceil_div(values, kSlice));
+void launch_phases(void (*groups)(Args, DsuPhases), void (*tiles)(Args, DsuPhases), const Args& args,
+                   const DsuWork& work, DsuPhases phases, size_t shared, cudaStream_t stream) {
+    constexpr int64_t kSlice = 1 << 14;
+    const bool tiled = dsu_tiled(work);
+    const int64_t values = work.weights + kDsuRows * work.of_row, all_groups = ceil_div(work.rows, kDsuRows);
+    int64_t slices = values <= kDsuSmall || tiled ? 1 : std::min<int64_t>(64, ceil_div(values, kSlice));
     const auto run = [&](bool together, int64_t x, int64_t y, DsuPhases phases) {
         if (x == 0) return;
         const dim3 grid(static_cast<unsigned>(x), static_cast<unsigned>(y));
-        launch_as(together, kernel, grid, kDsuThreads<A>, shared, stream, args, phases);
+        launch_as(together, tiled ? tiles : groups, grid, kDsuThreads<A>,
+                  tiled ? std::max(shared, kDsuTiledShared<A> * sizeof(A)) : shared, stream, args, phases);
     };
     const int64_t most = blocks_together();
     if (most == 0) {  // a launch for each phase
         for (unsigned bit = 1; bit <= phases.set; bit *= 2) {
             const bool last = work.pieces > 0 && bit == 1u << work.last;
-            if (phases.set & bit) run(false, last ? work.pieces : groups, last ? 1 : slices, DsuPhases{bit});
+            if (phases.set & bit) run(false, last ? work.pieces : all_groups, last ? 1 : slices, DsuPhases{bit});
         }
         return;
     }
-    slices = std::max<int64_t>(1, std::min(slices, most / std::max<int64_t>(1, groups)));
-    if (slices > 1) return run(true, groups, slices, phases);
+    phases.across = true;
+    if (tiled) return run(true, most, 1, phases);
+    slices = std::max<int64_t>(1, std::min(slices, most / std::max<int64_t>(1, all_groups)));
+    if (slices > 1) return run(true, all_groups, slices, phases);
+    phases.across = false;
     // Without a last phase the blocks wait for nobody, so that any number will do.
-    const int64_t blocks = work.pieces > 0 ? std::min(most, std::max(groups, work.pieces)) : groups;
+    const int64_t blocks = work.pieces > 0 ? std::min(most, std::max(all_groups, work.pieces)) : all_groups;
     run(work.pieces > 0, blocks, 1, phases);
 }
 
@@ -98,7 +236,43 @@ struct DsuRows {
     }
     __device__ __forceinline__ int64_t row(int i) const { return min(first + i, count - 1); }
     __device__ __forceinline__ bool has(int i) const { return first + i < count; }
+    static constexpr bool kTiled = false;
+    static __device__ __forceinline__ int64_t size() { return kDsuRows; }
+    // This one of the blocks that share the rows, and how many these are.
+    static __device__ __forceinline__ unsigned block() { return blockIdx.y; }
+    static __device__ __forceinline__ unsigned blocks() { return gridDim.y; }
 };
+
+// All rows, which all blocks share.
+struct DsuAllRows {
+    int64_t first = 0, count;
+
+    __device__ explicit DsuAllRows(int64_t count) : count(count) {}
+
+    template <class Body>
+    static __device__ __forceinline__ void each_group(int64_t count, const Body& body) {
+        body(DsuAllRows(count));
+    }
+    __device__ __forceinline__ int64_t row(int64_t i) const { return i; }
+    __device__ __forceinline__ bool has(int64_t i) const { return i < count; }
+    static constexpr bool kTiled = true;
+    __device__ __forceinline__ int64_t size() const { return count; }
+    static __device__ __forceinline__ unsigned block() { return blockIdx.x; }
+    static __device__ __forceinline__ unsigned blocks() { return gridDim.x; }
+
+    // body(first row, column tile) for this block's tiles of so many rows.
+    template <class Body>
+    static __device__ __forceinline__ void each_tile(int64_t count, int side, int64_t columns, const Body& body) {
+        const int64_t tiles = ceil_div(count, side) * columns;
+        for (int64_t tile = block(); tile < tiles; tile += blocks()) body(tile / columns * side, tile % columns);
+    }
+};
+
+// The sample of a row, of T each. More rows than 32 bits count fit into no memory; a division of 64 bits would take
+// longer than a load.
+__device__ __forceinline__ int64_t dsu_sample(int64_t row, int64_t T) {
+    return T == 1 ? row : static_cast<unsigned>(row) / static_cast<unsigned>(T);
+}
 
 template <class A>
 __device__ __forceinline__ A sigmoid(A v) {
@@ -179,7 +353,7 @@ __device__ __forceinline__ A select(const A (&v)[kDsuRows], int i) {
 
 // y [M, C] and h [M / T, C] -> s [M, hidden], behind the ReLU. A warp for each unit.
 template <class A>
-__device__ void dsu_reduce(const Dsu<A>& d, const DsuRows& rows, const A* y, const A* h, int64_t T, A* s) {
+__device__ void dsu_reduce(const Dsu<A>& d, const DsuRows& rows, const A* y, const A* h, int64_t T, A* s, A*) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, hidden = d.hidden(), R = d.R;
     const A *y_rows[kDsuRows], *h_rows[kDsuRows];
 #pragma unroll
@@ -201,9 +375,39 @@ __device__ void dsu_reduce(const Dsu<A>& d, const DsuRows& rows, const A* y, con
     }
 }
 
+template <class A>
+__device__ void dsu_reduce(const Dsu<A>& d, const DsuAllRows& rows, const A* y, const A* h, int64_t T, A* s,
+                           A* shared) {
+    constexpr int kSide = kDsuTileUnits;
+    const int64_t C = d.C, R = d.R, M = rows.count, of_branch = ceil_div(R, kSide);
+    rows.each_tile(M, kSide, of_branch * (d.joint ? 1 : 2), [&](int64_t m0, int64_t column) {
+        const bool second = column >= of_branch;  // a split unit's h
+        const int64_t n0 = column % of_branch * kSide;
+        // A joint unit's weights have h's part before y's.
+        const bool from_h = d.joint || second;
+        const int64_t of_h = from_h ? C : 0, first = from_h ? d.h().reduce : d.y().reduce;
+        const int64_t K = d.joint ? 2 * C : C, pitch = d.y().pitch;
+        const auto p = [&](int64_t k, int i) {
+            const int64_t m = m0 + i;
+            if (m >= M) return A(0);
+            return k < of_h ? h[dsu_sample(m, T) * C + k] : y[m * C + k - of_h];
+        };
+        const auto q = [&](int64_t k, int j) { return n0 + j < R ? d.weights[first + (n0 + j) * pitch + k] : A(0); };
+        DsuUnits<A>::template run<true, true>(K, p, q, shared, [&](const auto& sum) {
+            for (int at = thread_here(); at < kSide * kSide; at += kDsuThreads<A>) {
+                const int64_t m = m0 + at / kSide, n = n0 + at % kSide;
+                if (m >= M || n >= R) continue;
+                const A bias = d.joint ? A(0) : d.weights[(second ? d.h().reduce_bias : d.y().reduce_bias) + n];
+                const A v = sum(at / kSide, at % kSide) + bias;
+                s[m * d.hidden() + (second ? R : 0) + n] = v <= A(0) ? A(0) : v;
+            }
+        });
+    });
+}
+
 // s -> body(row, channel, input gate, forget gate, candidate), each behind its sigmoid or tanh.
 template <class A, class Body>
-__device__ __forceinline__ void dsu_expand(const Dsu<A>& d, const DsuRows& rows, const A* s, const Body& body) {
+__device__ __forceinline__ void dsu_expand(const Dsu<A>& d, const DsuRows& rows, const A* s, A*, const Body& body) {
     constexpr int kAtOnce = kDsuThreads<A> / kDsuSpan;
     const int C = d.C, R = d.R;
     const int64_t starts[3] = {d.input(), d.forget(), d.candidate()};
@@ -236,6 +440,41 @@ __device__ __forceinline__ void dsu_expand(const Dsu<A>& d, const DsuRows& rows,
             body(rows.row(own), int64_t(j), sigmoid(mine[0]), sigmoid(mine[1]), tanh(mine[2]));
         }
     }
+}
+
+template <class A, class Body>
+__device__ __forceinline__ void dsu_expand(const Dsu<A>& d, const DsuAllRows& rows, const A* s, A* shared,
+                                           const Body& body) {
+    constexpr int kRows = kDsuTileRows, kEach = kDsuTileGates;
+    const int64_t C = d.C, R = d.R, M = rows.count, hidden = d.hidden();
+    rows.each_tile(M, kRows, ceil_div(C, kEach), [&](int64_t m0, int64_t column) {
+        const int64_t c0 = column * kEach;
+        // Of the gate `part` and the tile's channel c.
+        const auto unit = [&](int part, int c) {
+            return (part == 0 ? d.input() : part == 1 ? d.forget() : d.candidate()) + c0 + c;
+        };
+        const auto p = [&](int64_t k, int i) { return m0 + i < M ? s[(m0 + i) * hidden + k] : A(0); };
+        const auto q = [&](int64_t k, int j) {
+            if (c0 + j % kEach >= C) return A(0);
+            const int64_t at = unit(j / kEach, j % kEach) * R + k;
+            return d.weights[k < R ? d.y().expand + at : d.h().expand + at - R];
+        };
+        DsuGates<A>::template run<true, true>(hidden, p, q, shared, [&](const auto& sum) {
+            for (int at = thread_here(); at < kRows * kEach; at += kDsuThreads<A>) {
+                const int i = at / kEach, c = at % kEach;
+                if (m0 + i >= M || c0 + c >= C) continue;
+                A gates[3];
+#pragma unroll
+                for (int part = 0; part < 3; ++part) {
+                    const int64_t n = unit(part, c);
+                    A bias = d.weights[d.y().expand_bias + n];
+                    if (!d.joint) bias += d.weights[d.h().expand_bias + n];
+                    gates[part] = sum(i, part * kEach + c) + bias;
+                }
+                body(m0 + i, c0 + c, sigmoid(gates[0]), sigmoid(gates[1]), tanh(gates[2]));
+            }
+        });
+    });
 }
 
 // The gradient of the context of (row, j) -> those of the gates [M, 3C] before their sigmoids and tanh.
@@ -292,10 +531,34 @@ __device__ void dsu_hidden_gradients(const Dsu<A>& d, const DsuRows& rows, const
     }
 }
 
-// Gradients of the hidden units -> body(row, channel, gradient of y, gradient of h).
-template <bool kOfH, class A, class Body>
-__device__ __forceinline__ void dsu_input_gradients(const Dsu<A>& d, const DsuRows& rows, const A* grad_s,
-                                                    const Body& body) {
+template <class A>
+__device__ void dsu_hidden_gradients(const Dsu<A>& d, const DsuAllRows& rows, const A* grad_gates, const A* s,
+                                     A* grad_s, A* shared) {
+    constexpr int kSide = kDsuTileUnits;
+    const int64_t R = d.R, M = rows.count, hidden = d.hidden(), gates = 3 * d.C;
+    rows.each_tile(M, kSide, ceil_div(hidden, kSide), [&](int64_t m0, int64_t column) {
+        const int64_t n0 = column * kSide;
+        const auto p = [&](int64_t k, int i) { return m0 + i < M ? grad_gates[(m0 + i) * gates + k] : A(0); };
+        const auto q = [&](int64_t k, int j) {
+            const int64_t n = n0 + j;
+            if (n >= hidden) return A(0);
+            return d.weights[(n < R ? d.y().expand + n : d.h().expand + n - R) + k * R];
+        };
+        DsuUnits<A>::template run<true, false>(gates, p, q, shared, [&](const auto& sum) {
+            for (int at = thread_here(); at < kSide * kSide; at += kDsuThreads<A>) {
+                const int64_t m = m0 + at / kSide, n = n0 + at % kSide;
+                if (m >= M || n >= hidden) continue;
+                const A total = sum(at / kSide, at % kSide);
+                grad_s[m * hidden + n] = s[m * hidden + n] <= A(0) ? A(0) : total;
+            }
+        });
+    });
+}
+
+// Gradients of the hidden units -> of_y(row, channel, gradient of y), and of_h the same of h where kOfH.
+template <bool kOfH, class A, class OfY, class OfH>
+__device__ __forceinline__ void dsu_input_gradients(const Dsu<A>& d, const DsuRows& rows, const A* grad_s, A*,
+                                                    const OfY& give_y, const OfH& give_h) {
     const int R = d.R, C = d.C;
     const A* of[kDsuRows];
 #pragma unroll
@@ -316,111 +579,44 @@ __device__ __forceinline__ void dsu_input_gradients(const Dsu<A>& d, const DsuRo
         }
 #pragma unroll
         for (int i = 0; i < kDsuRows; ++i) {
-            if (rows.has(i)) body(rows.row(i), int64_t(c), of_y[i], of_h[i]);
+            if (!rows.has(i)) continue;
+            give_y(rows.row(i), int64_t(c), of_y[i]);
+            if (kOfH) give_h(rows.row(i), int64_t(c), of_h[i]);
         }
     }
 }
 
-// Sums over k < K of p(k, i) q(k, j), for kI values of i and kJ of j. A chunk of kChunk k lies in shared memory while
-// the next one is on its way into registers. A thread has 4 by 4 sums, 16 FMAs for two vectors of float32 from shared
-// memory; kThreads threads have a tile, and the block's groups of so many share the k of a chunk, one after the other.
-template <class A, int kI, int kJ, int kChunk>
-struct DsuTile {
-    static constexpr int kSide = 4, kAll = kDsuThreads<A>, kThreads = kI * kJ / (kSide * kSide);
-    static constexpr int kGroups = kAll / kThreads;
-    // Vectors stay aligned, and 8 k by 4 lanes of a transposed store meet different banks.
-    static constexpr int kPitchI = kI + 4, kPitchJ = kJ + 4;
-    static constexpr int kShared = std::max(kChunk * (kPitchI + kPitchJ), kGroups * kI * kJ);
-    static_assert(kChunk % 8 == 0 && kChunk * kI % kAll == 0 && kChunk * kJ % kAll == 0 && kGroups > 0);
-
-    // A chunk of one operand: where k is what lies side by side, 8 lanes take a sector of it, else a row's lanes do.
-    template <int kWide, bool kAlong>
-    struct Operand {
-        A next[kChunk * kWide / kAll];
-
-        template <class From>
-        __device__ __forceinline__ void read(const From& from, int64_t k0, int64_t K) {
-            each([&](A& value, int k, int i) { value = k0 + k < K ? from(k0 + k, i) : A(0); });
-        }
-        __device__ __forceinline__ void write(A* shared) {
-            each([&](A& value, int k, int i) { shared[k * (kWide + 4) + i] = value; });
-        }
-        template <class Body>
-        __device__ __forceinline__ void each(const Body& body) {
-#pragma unroll
-            for (int at = 0; at < kChunk * kWide / kAll; ++at) {
-                const int n = at * kAll + threadIdx.x;
-                if (kAlong) {
-                    body(next[at], n / (8 * kWide) * 8 + n % 8, n / 8 % kWide);
-                } else {
-                    body(next[at], n / kWide, n % kWide);
-                }
+// For `count` rows, whose gradient of a branch's unit k is p(row, k): give(row, channel, gradient of its input).
+template <class A, class P, class Give>
+__device__ __forceinline__ void dsu_input_gradients(const Dsu<A>& d, const DsuBranch& of, int64_t count, const P& p,
+                                                    A* shared, const Give& give) {
+    constexpr int kSide = kDsuTileRows;
+    const int64_t C = d.C;
+    DsuAllRows::each_tile(count, kSide, ceil_div(C, kSide), [&](int64_t m0, int64_t column) {
+        const int64_t c0 = column * kSide;
+        const auto of_row = [&](int64_t k, int i) { return m0 + i < count ? p(m0 + i, k) : A(0); };
+        const auto q = [&](int64_t k, int j) {
+            return c0 + j < C ? d.weights[of.reduce + k * of.pitch + c0 + j] : A(0);
+        };
+        DsuSquare<A>::template run<true, false>(d.R, of_row, q, shared, [&](const auto& sum) {
+            for (int at = thread_here(); at < kSide * kSide; at += kDsuThreads<A>) {
+                const int64_t m = m0 + at / kSide, c = c0 + at % kSide;
+                if (m < count && c < C) give(m, c, sum(at / kSide, at % kSide));
             }
-        }
-    };
-
-    static __device__ __forceinline__ void read_side(const A* from, A (&to)[kSide]) {
-        constexpr int N = kVector<A>;
-#pragma unroll
-        for (int i = 0; i < kSide; i += N) {
-            A part[N];
-            load(from + i, part);
-#pragma unroll
-            for (int k = 0; k < N; ++k) to[i + k] = part[k];
-        }
-    }
-
-    // Then calls finish(sum), where sum(i, j) is one of them, for any thread.
-    template <bool kPAlong, bool kQAlong, class P, class Q, class Finish>
-    static __device__ __forceinline__ void run(int64_t K, const P& p, const Q& q, A* shared, const Finish& finish) {
-        const int group = threadIdx.x / kThreads, place = threadIdx.x % kThreads;
-        const int i0 = place / (kJ / kSide) * kSide, j0 = place % (kJ / kSide) * kSide;
-        A *p_chunk = shared, *q_chunk = shared + kChunk * kPitchI;
-        Operand<kI, kPAlong> of_p;
-        Operand<kJ, kQAlong> of_q;
-        A sums[kSide][kSide] = {};
-        of_p.read(p, 0, K);
-        of_q.read(q, 0, K);
-#pragma unroll 1
-        for (int64_t k0 = 0; k0 < K; k0 += kChunk) {
-            of_p.write(p_chunk);
-            of_q.write(q_chunk);
-            __syncthreads();
-            if (k0 + kChunk < K) {
-                of_p.read(p, k0 + kChunk, K);
-                of_q.read(q, k0 + kChunk, K);
-            }
-            const int end = group < kGroups ? static_cast<int>(min(K - k0, int64_t(kChunk))) : 0;
-#pragma unroll 4
-            for (int k = group; k < end; k += kGroups) {
-                A u[kSide], v[kSide];
-                read_side(p_chunk + k * kPitchI + i0, u);
-                read_side(q_chunk + k * kPitchJ + j0, v);
-#pragma unroll
-                for (int i = 0; i < kSide; ++i) {
-#pragma unroll
-                    for (int j = 0; j < kSide; ++j) sums[i][j] += u[i] * v[j];
-                }
-            }
-            __syncthreads();
-        }
-        if (group < kGroups) {
-#pragma unroll
-            for (int i = 0; i < kSide; ++i) {
-#pragma unroll
-                for (int j = 0; j < kSide; ++j) shared[group * kI * kJ + (i0 + i) * kJ + j0 + j] = sums[i][j];
-            }
-        }
-        __syncthreads();
-        finish([&](int i, int j) {
-            A total = 0;
-#pragma unroll
-            for (int n = 0; n < kGroups; ++n) total += shared[n * kI * kJ + i * kJ + j];
-            return total;
         });
-        __syncthreads();
-    }
-};
+    });
+}
+
+template <bool kOfH, class A, class OfY, class OfH>
+__device__ __forceinline__ void dsu_input_gradients(const Dsu<A>& d, const DsuAllRows& rows, const A* grad_s, A* shared,
+                                                    const OfY& give_y, const OfH& give_h) {
+    const int64_t hidden = d.hidden(), own = d.joint ? 0 : d.R;
+    const auto p = [&](int64_t m, int64_t k) { return grad_s[m * hidden + k]; };
+    dsu_input_gradients(d, d.y(), rows.count, p, shared, give_y);
+    if (!kOfH) return;
+    const auto p_of_h = [&](int64_t m, int64_t k) { return grad_s[m * hidden + own + k]; };
+    dsu_input_gradients(d, d.h(), rows.count, p_of_h, shared, give_h);
+}
 
 // out[i, j] = sum over the rows m of p[m, i] q[m / T, j], and bias[i] = sum of p[m, i]: a part of the weights'
 // gradient, in tiles. From row `turn` on, q's rows are those of q_later.
@@ -434,7 +630,7 @@ struct DsuProduct {
     A* bias;
 
     static constexpr int kSide = 32;
-    using Tile = DsuTile<A, kSide, kSide, 96>;
+    using Tile = DsuSquare<A>;
     // The bias is a column more, of ones.
     DLA_HOST_DEVICE int64_t columns() const { return ceil_div(J + (bias ? 1 : 0), kSide); }
     DLA_HOST_DEVICE int64_t tiles() const { return ceil_div(I, kSide) * columns(); }
@@ -487,12 +683,11 @@ __device__ void dsu_product_tile(const DsuProducts<A>& all, int64_t tile, A* sha
     const auto p = [&](int64_t m, int i) { return i0 + i < a.I ? a.p[m * a.p_pitch + i0 + i] : A(0); };
     const auto q = [&](int64_t m, int j) {
         if (j0 + j >= a.J) return A(a.bias && j0 + j == a.J ? 1 : 0);
-        // More rows than 32 bits count fit into no memory; a division of 64 bits would take longer than the load.
-        const int64_t row = m >= a.turn ? m - a.turn : a.T == 1 ? m : unsigned(m) / unsigned(a.T);
+        const int64_t row = m < a.turn ? dsu_sample(m, a.T) : m - a.turn;
         return (m < a.turn ? a.q : a.q_later)[row * a.q_pitch + j0 + j];
     };
     DsuProduct<A>::Tile::template run<false, false>(all.M, p, q, shared, [&](const auto& sum) {
-        for (int n = threadIdx.x; n < kSide * kSide; n += kDsuThreads<A>) {
+        for (int n = thread_here(); n < kSide * kSide; n += kDsuThreads<A>) {
             const int64_t i = i0 + n / kSide, j = j0 + n % kSide;
             if (i >= a.I) continue;
             if (j < a.J) a.out[i * a.pitch + j] = sum(n / kSide, n % kSide);
