@@ -60,7 +60,7 @@ __device__ __forceinline__ unsigned thread_here() {
     return thread;
 }
 
-// Sums over k < K of p(k, i) q(k, j), for kI values of i and kJ of j. A chunk of kChunk k lies in shared memory while
+// Sums over k < K of p(i)(k) q(j)(k), for kI values of i and kJ of j. A chunk of kChunk k lies in shared memory while
 // the next one is on its way into registers. A thread has 4 by 4 sums, 16 FMAs for two vectors of float32 from shared
 // memory; kThreads threads have a tile, and the block's groups of so many share the k of a chunk, one after the other.
 template <class A, int kI, int kJ, int kChunk>
@@ -77,25 +77,37 @@ struct DsuTile {
     struct Operand {
         A next[kChunk * kWide / kAll];
 
+        // Lanes side by side along k, and values of i beside them.
+        static constexpr int kRun = kAlong ? 8 : 1, kLines = kAll / kRun;
+
+        // k and i of the thread's value `at`. Where the lines are whole multiples of kWide, i is the same for all.
+        static __device__ __forceinline__ int k_of(unsigned thread, int at) {
+            const unsigned line = thread / kRun;
+            if (kLines % kWide == 0) return (line / kWide + at * (kLines / kWide)) * kRun + thread % kRun;
+            return (line + at * kLines) / kWide * kRun + thread % kRun;
+        }
+        static __device__ __forceinline__ int i_of(unsigned thread, int at) {
+            return (thread / kRun + (kLines % kWide == 0 ? 0 : at * kLines)) % kWide;
+        }
         template <class From>
         __device__ __forceinline__ void read(const From& from, int64_t k0, int64_t K) {
-            each([&](A& value, int k, int i) { value = k0 + k < K ? from(k0 + k, i) : A(0); });
-        }
-        __device__ __forceinline__ void write(A* shared) {
-            each([&](A& value, int k, int i) { shared[k * (kWide + 4) + i] = value; });
-        }
-        template <class Body>
-        __device__ __forceinline__ void each(const Body& body) {
-            constexpr int kRun = kAlong ? 8 : 1, kLines = kAll / kRun;  // lanes along k, and values of i beside them
-            const unsigned thread = thread_here(), along = thread % kRun, line = thread / kRun;
+            const unsigned thread = thread_here();
+            const auto first = from(i_of(thread, 0));
 #pragma unroll
             for (int at = 0; at < kChunk * kWide / kAll; ++at) {
-                if (kLines % kWide == 0) {  // the same i each time
-                    body(next[at], (line / kWide + at * (kLines / kWide)) * kRun + along, line % kWide);
+                const int64_t k = k0 + k_of(thread, at);
+                if (k >= K) {
+                    next[at] = A(0);
                 } else {
-                    const unsigned n = line + at * kLines;
-                    body(next[at], n / kWide * kRun + along, n % kWide);
+                    next[at] = kLines % kWide == 0 ? first(k) : from(i_of(thread, at))(k);
                 }
+            }
+        }
+        __device__ __forceinline__ void write(A* shared) const {
+            const unsigned thread = thread_here();
+#pragma unroll
+            for (int at = 0; at < kChunk * kWide / kAll; ++at) {
+                shared[k_of(thread, at) * (kWide + 4) + i_of(thread, at)] = next[at];
             }
         }
     };
@@ -387,12 +399,15 @@ __device__ void dsu_reduce(const Dsu<A>& d, const DsuAllRows& rows, const A* y, 
         const bool from_h = d.joint || second;
         const int64_t of_h = from_h ? C : 0, first = from_h ? d.h().reduce : d.y().reduce;
         const int64_t K = d.joint ? 2 * C : C, pitch = d.y().pitch;
-        const auto p = [&](int64_t k, int i) {
+        const auto p = [&](int i) {
             const int64_t m = m0 + i;
-            if (m >= M) return A(0);
-            return k < of_h ? h[dsu_sample(m, T) * C + k] : y[m * C + k - of_h];
+            const A *h_row = h + dsu_sample(m, T) * C, *y_row = y + m * C - of_h;
+            return [=, inside = m < M](int64_t k) { return inside ? (k < of_h ? h_row : y_row)[k] : A(0); };
         };
-        const auto q = [&](int64_t k, int j) { return n0 + j < R ? d.weights[first + (n0 + j) * pitch + k] : A(0); };
+        const auto q = [&](int j) {
+            const A* row = d.weights + first + (n0 + j) * pitch;
+            return [row, inside = n0 + j < R](int64_t k) { return inside ? row[k] : A(0); };
+        };
         DsuUnits<A>::template run<true, true>(K, p, q, shared, [&](const auto& sum) {
             for (int at = thread_here(); at < kSide * kSide; at += kDsuThreads<A>) {
                 const int64_t m = m0 + at / kSide, n = n0 + at % kSide;
@@ -453,11 +468,16 @@ __device__ __forceinline__ void dsu_expand(const Dsu<A>& d, const DsuAllRows& ro
         const auto unit = [&](int part, int c) {
             return (part == 0 ? d.input() : part == 1 ? d.forget() : d.candidate()) + c0 + c;
         };
-        const auto p = [&](int64_t k, int i) { return m0 + i < M ? s[(m0 + i) * hidden + k] : A(0); };
-        const auto q = [&](int64_t k, int j) {
-            if (c0 + j % kEach >= C) return A(0);
-            const int64_t at = unit(j / kEach, j % kEach) * R + k;
-            return d.weights[k < R ? d.y().expand + at : d.h().expand + at - R];
+        const auto p = [&](int i) {
+            const A* row = s + (m0 + i) * hidden;
+            return [row, inside = m0 + i < M](int64_t k) { return inside ? row[k] : A(0); };
+        };
+        const auto q = [&](int j) {
+            const int64_t at = unit(j / kEach, j % kEach) * R;
+            const int64_t of_y = d.y().expand + at, of_h = d.h().expand + at - R;
+            return [=, weights = d.weights, inside = c0 + j % kEach < C](int64_t k) {
+                return inside ? weights[(k < R ? of_y : of_h) + k] : A(0);
+            };
         };
         DsuGates<A>::template run<true, true>(hidden, p, q, shared, [&](const auto& sum) {
             for (int at = thread_here(); at < kRows * kEach; at += kDsuThreads<A>) {
@@ -538,11 +558,14 @@ __device__ void dsu_hidden_gradients(const Dsu<A>& d, const DsuAllRows& rows, co
     const int64_t R = d.R, M = rows.count, hidden = d.hidden(), gates = 3 * d.C;
     rows.each_tile(M, kSide, ceil_div(hidden, kSide), [&](int64_t m0, int64_t column) {
         const int64_t n0 = column * kSide;
-        const auto p = [&](int64_t k, int i) { return m0 + i < M ? grad_gates[(m0 + i) * gates + k] : A(0); };
-        const auto q = [&](int64_t k, int j) {
+        const auto p = [&](int i) {
+            const A* row = grad_gates + (m0 + i) * gates;
+            return [row, inside = m0 + i < M](int64_t k) { return inside ? row[k] : A(0); };
+        };
+        const auto q = [&](int j) {
             const int64_t n = n0 + j;
-            if (n >= hidden) return A(0);
-            return d.weights[(n < R ? d.y().expand + n : d.h().expand + n - R) + k * R];
+            const A* column = d.weights + (n < R ? d.y().expand + n : d.h().expand + n - R);
+            return [column, R, inside = n < hidden](int64_t k) { return inside ? column[k * R] : A(0); };
         };
         DsuUnits<A>::template run<true, false>(gates, p, q, shared, [&](const auto& sum) {
             for (int at = thread_here(); at < kSide * kSide; at += kDsuThreads<A>) {
@@ -594,9 +617,14 @@ __device__ __forceinline__ void dsu_input_gradients(const Dsu<A>& d, const DsuBr
     const int64_t C = d.C;
     DsuAllRows::each_tile(count, kSide, ceil_div(C, kSide), [&](int64_t m0, int64_t column) {
         const int64_t c0 = column * kSide;
-        const auto of_row = [&](int64_t k, int i) { return m0 + i < count ? p(m0 + i, k) : A(0); };
-        const auto q = [&](int64_t k, int j) {
-            return c0 + j < C ? d.weights[of.reduce + k * of.pitch + c0 + j] : A(0);
+        const auto of_row = [&](int i) {
+            return [&p, m = m0 + i, inside = m0 + i < count](int64_t k) { return inside ? p(m, k) : A(0); };
+        };
+        const auto q = [&](int j) {
+            const A* column = d.weights + of.reduce + c0 + j;
+            return [column, pitch = of.pitch, inside = c0 + j < C](int64_t k) {
+                return inside ? column[k * pitch] : A(0);
+            };
         };
         DsuSquare<A>::template run<true, false>(d.R, of_row, q, shared, [&](const auto& sum) {
             for (int at = thread_here(); at < kSide * kSide; at += kDsuThreads<A>) {
@@ -680,11 +708,16 @@ __device__ void dsu_product_tile(const DsuProducts<A>& all, int64_t tile, A* sha
     while (tile >= all.parts[part].tiles()) tile -= all.parts[part++].tiles();
     const DsuProduct<A>& a = all.parts[part];
     const int64_t i0 = tile / a.columns() * kSide, j0 = tile % a.columns() * kSide;
-    const auto p = [&](int64_t m, int i) { return i0 + i < a.I ? a.p[m * a.p_pitch + i0 + i] : A(0); };
-    const auto q = [&](int64_t m, int j) {
-        if (j0 + j >= a.J) return A(a.bias && j0 + j == a.J ? 1 : 0);
-        const int64_t row = m < a.turn ? dsu_sample(m, a.T) : m - a.turn;
-        return (m < a.turn ? a.q : a.q_later)[row * a.q_pitch + j0 + j];
+    const auto p = [&](int i) {
+        const A* from = a.p + i0 + i;
+        return [&a, from, inside = i0 + i < a.I](int64_t m) { return inside ? from[m * a.p_pitch] : A(0); };
+    };
+    const auto q = [&](int j) {
+        return [&a, j = j0 + j](int64_t m) {
+            if (j >= a.J) return A(a.bias && j == a.J ? 1 : 0);
+            const int64_t row = m < a.turn ? dsu_sample(m, a.T) : m - a.turn;
+            return (m < a.turn ? a.q : a.q_later)[row * a.q_pitch + j];
+        };
     };
     DsuProduct<A>::Tile::template run<false, false>(all.M, p, q, shared, [&](const auto& sum) {
         for (int n = thread_here(); n < kSide * kSide; n += kDsuThreads<A>) {
