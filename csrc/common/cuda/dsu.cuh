@@ -195,10 +195,10 @@ struct DsuWork {
 
 // 256 KiB of float32: what one multiprocessor reads in a few microseconds, about the cost of two barriers.
 constexpr int64_t kDsuSmall = 1 << 16;
-// From so many rows on a large unit's phases go in tiles: with fewer most blocks would have none.
-constexpr int64_t kDsuTiledRows = 64;
+// From so many weights and rows on a unit's phases go in tiles: with fewer most blocks would have none.
+constexpr int64_t kDsuTiledWeights = 1 << 15, kDsuTiledRows = 64;
 
-inline bool dsu_tiled(const DsuWork& work) { return work.weights > kDsuSmall && work.rows >= kDsuTiledRows; }
+inline bool dsu_tiled(const DsuWork& work) { return work.weights >= kDsuTiledWeights && work.rows >= kDsuTiledRows; }
 
 // `groups` takes DsuRows and so much shared memory, `tiles` DsuAllRows and as much as they need.
 template <class A, class Args>
