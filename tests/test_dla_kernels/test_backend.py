@@ -117,7 +117,6 @@ def test_only_auto_falls_back(monkeypatch):
         dla_kernels.build_info()
 
 
-@needs_native
 @pytest.mark.skipif(native.CUDA_ERROR is not None, reason=str(native.CUDA_ERROR))
 def test_a_compiler_does_not_look_into_the_device(monkeypatch):
     monkeypatch.setattr(native, "_not_built_for", torch.compiler.disable(lambda device: None))
@@ -133,6 +132,7 @@ def test_a_compiler_does_not_look_into_the_device(monkeypatch):
     assert torch.compile(chosen, fullgraph=True, backend="eager")(torch.zeros(1)) == 1
 
 
+@needs_native
 def test_native_runs_on_cpu_and_cuda_only():
     meta = torch.device("meta")
     assert backend.choose(meta) == "reference"
