@@ -59,9 +59,14 @@ def reached(row: dict) -> float:
     raise ValueError(f"no such unit: {facts['unit']}")
 
 
-def met(row: dict) -> bool:
+def met(row: dict) -> bool | None:
+    """Whether a row reaches its goal; None for one that has none."""
     facts = row["facts"]
-    return reached(row) <= facts["asked"] if facts["is_most"] else reached(row) >= facts["asked"]
+    if "asked" in facts:
+        return reached(row) <= facts["asked"] if facts["is_most"] else reached(row) >= facts["asked"]
+    if "goal" not in facts:
+        return None
+    return of_copy(row) >= facts["goal"] if row["question"] == "ops" else ratio(row) <= facts["goal"]
 
 
 def spread(row: dict, rival: str) -> float:

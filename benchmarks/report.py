@@ -177,13 +177,7 @@ def tables(results: dict) -> list[Table]:
 def notes(results: dict) -> list[str]:
     """What the tables leave to be said: goals, rows that were disturbed, and rivals that could not run."""
     rows = [row for row in results["rows"] if "error" not in row]
-    held = [
-        met(row) if row["question"] == "floors"
-        else of_copy(row) >= row["facts"]["goal"] if row["question"] == "ops"
-        else ratio(row) <= row["facts"]["goal"]
-        for row in rows
-        if row["facts"].keys() & {"goal", "asked"}
-    ]  # fmt: skip
+    held = [m for row in rows if (m := met(row)) is not None]
     lines = [f"{sum(held)} of {len(held)} goals (at least, at most) are met."] if held else []
     if disturbed := sum(unrest(row) > DISTURBED for row in rows):
         lines.append(f"{disturbed} of {len(rows)} rows spread by more than {DISTURBED:.0%}: the machine was busy.")
