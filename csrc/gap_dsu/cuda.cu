@@ -76,13 +76,12 @@ struct PoolRows {
 #pragma nv_exec_check_disable
 template <class T, class Body>
 DLA_HOST_DEVICE __forceinline__ void on_walk_of(const Pool& a, const Body& body) {
+    constexpr int N = kWalkVector<T>;
     T* const type = nullptr;
     if (a.channels_last) {
-        constexpr int N = kWalkVector<T>;
         a.vectors ? body(static_cast<Walk<T, N, true>*>(nullptr), type)
                   : body(static_cast<Walk<T, 1, true>*>(nullptr), type);
     } else {
-        constexpr int N = kWalkVector<T>;
         a.vectors ? body(static_cast<Walk<T, N, false>*>(nullptr), type)
                   : body(static_cast<Walk<T, 1, false>*>(nullptr), type);
     }
@@ -259,9 +258,7 @@ int64_t gap_dsu_forward_scratch(GapDsuForward<A>& a) {
     if (!p.x) return 0;
     on_map<A>(p, [&](auto*, auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        const auto map = p.map<T>();
-        p.vectors = p.channels_last ? in_vectors<kWalkVector<T>>(map, p.shape.C)
-                                    : in_vectors<kWalkVector<T>>(map, p.shape.HW());
+        p.vectors = in_vectors<kWalkVector<T>>(p.map<T>(), p.channels_last ? p.shape.C : p.shape.HW());
     });
     int64_t runs = 1;
     on_map<A>(p, [&](auto* walk, auto* type) {

@@ -240,20 +240,18 @@ constexpr int kWalkVector = std::is_same_v<T, double> ? 1 : kVector<T>;
 // Calls body with the Walk for this layout that has vectors where all maps allow it.
 template <class T, class Body>
 void on_walk(bool channels_last, const Shape& s, std::initializer_list<Map<const T>> maps, const Body& body) {
-    const auto all = [&](auto fits) { return std::all_of(maps.begin(), maps.end(), fits); };
+    constexpr int N = kWalkVector<T>;
+    const int64_t length = channels_last ? s.C : s.HW();
+    const bool vectors =
+        std::all_of(maps.begin(), maps.end(), [&](const auto& map) { return in_vectors<N>(map, length); });
     const auto run = [&](auto* walk) {
         for (const auto& map : maps) std::remove_pointer_t<decltype(walk)>::check(map);
         body(walk);
     };
     if (channels_last) {
-        constexpr int N = kWalkVector<T>;
-        all([&](const auto& map) { return in_vectors<N>(map, s.C); }) ? run(static_cast<Walk<T, N, true>*>(nullptr))
-                                                                      : run(static_cast<Walk<T, 1, true>*>(nullptr));
+        vectors ? run(static_cast<Walk<T, N, true>*>(nullptr)) : run(static_cast<Walk<T, 1, true>*>(nullptr));
     } else {
-        constexpr int N = kWalkVector<T>;
-        all([&](const auto& map) { return in_vectors<N>(map, s.HW()); })
-            ? run(static_cast<Walk<T, N, false>*>(nullptr))
-            : run(static_cast<Walk<T, 1, false>*>(nullptr));
+        vectors ? run(static_cast<Walk<T, N, false>*>(nullptr)) : run(static_cast<Walk<T, 1, false>*>(nullptr));
     }
 }
 
