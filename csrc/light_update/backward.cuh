@@ -75,27 +75,24 @@ struct Side {
     }
 };
 
-// Adds up the products of the block's threads, member by member, and writes them to the block's part; a thread has nine
-// for each of its maps.
+// Adds up the products of the block's threads, strip by strip, and writes them to the block's part.
 template <int kCount, int kLane, class T, class A = Acc<T>>
 __device__ void finish_products(const Backward<T>& a, const Tiling& t, const Place& p,
                                 const A (&products)[kCount][kLane], A* shared) {
-    const int channels = t.lanes * kLane, length = t.maps * 9 * channels;
+    const int channels = t.lanes * kLane, length = kCount * channels;
     __syncthreads();
-    if (p.active) {
-        A* to = shared + p.member * length + p.map * kCount * channels + p.lane * kLane;
+    A* to = shared + p.strip * length + p.lane * kLane;
 #pragma unroll
-        for (int k = 0; k < kCount; ++k) {
+    for (int k = 0; k < kCount; ++k) {
 #pragma unroll
-            for (int e = 0; e < kLane; ++e) to[k * channels + e] = products[k][e];
-        }
+        for (int e = 0; e < kLane; ++e) to[k * channels + e] = products[k][e];
     }
     __syncthreads();
     for (int i = threadIdx.x; i < length; i += blockDim.x) {
         const int64_t c = p.c + i % channels;
         if (c >= a.shape.C) continue;
         A sum = 0;
-        for (int m = 0; m < t.members(); ++m) sum += shared[m * length + i];
+        for (int m = 0; m < t.strips; ++m) sum += shared[m * length + i];
         a.parts[((int64_t(p.b) * t.parts() + p.part) * kProducts + i / channels) * a.shape.C + c] = sum;
     }
 }

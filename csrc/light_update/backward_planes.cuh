@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kPlaneThreads, kBackwardBlocks<T, kCarry, kAli
     Filters<A, kCarry> filters(a.vectors, s.C, p.b, band.c);
     const OutputGradient<A> line(a, p.b, band.c);
     const A offset = a.grad_out_mean ? a.grad_out_mean[p.b * s.C + band.c] / A(s.HW()) : A(0);
-    attend_planes(a.vectors, C, p.b, p.c, min(t.lanes, C - p.c), attention);
+    attend(a.vectors, C, p.b, p.c, min(t.lanes, C - p.c), attention);
     filters.attend_by(a.vectors, p.c, band.c, attention);
     await_copies<0>();
     __syncthreads();

@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kRowThreads, (kBackwardResident<T, kMaps, kAli
     constexpr bool kWhole = kWidth == kWholeColumns;
     const Shape& s = a.shape;
     const int H = static_cast<int>(s.H), W = static_cast<int>(s.W), C = static_cast<int>(s.C);
-    const Place p(t, s, t.lanes, true);
+    const Place p(t, s, t.lanes);
     const int column = p.column + p.strip * kWidth, size = backward_ring<T>(kWidth, bool(a.grad_o), kMaps);
     const RowCopy<T, kPitch, 1, kWidth + 2, kAligned> copy_wide(t, s, p, column - 1);
     const RowCopy<T, kPitch, 1, kWidth, kAligned> copy_narrow(t, s, p, column);

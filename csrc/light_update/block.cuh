@@ -17,15 +17,14 @@ enum class Carry { none, scaled, filtered };
 constexpr int kColumns = 4;
 constexpr int kMaxThreads = 256;
 
-// Where a block stands in the map, and a thread in the block; kLane is the number of channels of a lane.
+// Where a block of channels_last stands in the map, and a thread in the block: none is left over, as strips fill warps.
 struct Place {
     int b, c, column, first, last;  // the block's sample, first channel, first column, and rows [first, last)
     int part;                       // of the sample's map
     int columns;                    // in the map
-    int map, lane, strip, group, member;
-    bool active;  // else the thread only fills up the last warp; it does as another one and stores nothing
+    int lane, strip;
 
-    __device__ Place(const Tiling& t, const Shape& s, int channels, bool lanes_first) {
+    __device__ Place(const Tiling& t, const Shape& s, int channels) {
         int block = blockIdx.x;
         c = block % t.chunks * channels;
         block /= t.chunks;
@@ -35,42 +34,33 @@ struct Place {
         columns = min(t.columns, static_cast<int>(s.W) - column);
         first = part / t.tiles * t.rows;
         last = min(static_cast<int>(s.H), first + t.rows);
-        const int of_map = t.lanes * t.members();
-        active = static_cast<int>(threadIdx.x) < of_map * t.teams;
-        map = active ? threadIdx.x / of_map : 0;
-        const int thread = active ? threadIdx.x % of_map : 0;
-        lane = lanes_first ? thread % t.lanes : thread / t.members();
-        member = lanes_first ? thread / t.lanes : thread % t.members();
-        strip = member % t.strips;
-        group = member / t.strips;
+        lane = threadIdx.x % t.lanes;
+        strip = threadIdx.x / t.lanes;
     }
 };
 
-// One element of the query or the key: a filter of `taps` along the channels.
-template <class A>
-__device__ __forceinline__ A along_channels(const A* y, const A* weight, int64_t taps, int64_t C, int64_t c) {
-    A sum = 0;
-    for (int64_t t = 0; t < taps; ++t) {
-        const int64_t from = c + t - taps / 2;
-        if (from >= 0 && from < C) sum += weight[t] * y[from];
-    }
-    return sum;
-}
-
 // sigmoid(q k^T / sqrt(head_dim)) of the heads of `count` channels from `first` on, in `shared`, by the whole block; 1
-// without a y.
+// without a y. In few instructions: all of them count where a thread has few pixels.
 template <class A>
-__device__ void attend(const Vectors<A>& v, int64_t C, int64_t b, int64_t first, int64_t count, A* shared) {
-    const int64_t head0 = first / v.head_dim, heads = (first + count - 1) / v.head_dim + 1 - head0;
-    for (int64_t h = threadIdx.x / kWarp; h < heads; h += blockDim.x / kWarp) {
+__device__ void attend(const Vectors<A>& v, int C, int b, int first, int count, A* shared) {
+    const int head_dim = static_cast<int>(v.head_dim), taps = static_cast<int>(v.taps), lane = threadIdx.x % kWarp;
+    const int head = static_cast<unsigned>(first) / head_dim;
+    const A* const y = v.y + int64_t(b) * C;
+    for (int h = threadIdx.x / kWarp; (head + h) * head_dim < first + count; h += blockDim.x / kWarp) {
         A score = 0;
-        for (int64_t j = threadIdx.x % kWarp; v.y && j < v.head_dim; j += kWarp) {
-            const int64_t c = (head0 + h) * v.head_dim + j;
-            score += along_channels(v.y + b * C, v.query_weight, v.taps, C, c) *
-                     along_channels(v.y + b * C, v.key_weight, v.taps, C, c);
+        for (int j = lane; v.y && j < head_dim; j += kWarp) {
+            const int begin = (head + h) * head_dim + j - taps / 2;
+            A query = 0, key = 0;
+#pragma unroll 4
+            for (int k = 0; k < taps; ++k) {
+                if (begin + k < 0 || begin + k >= C) continue;
+                query += v.query_weight[k] * y[begin + k];
+                key += v.key_weight[k] * y[begin + k];
+            }
+            score += query * key;
         }
         score = warp_sum(score);
-        if (threadIdx.x % kWarp == 0) shared[h] = v.y ? A(1) / (A(1) + exp(-score / sqrt(A(v.head_dim)))) : A(1);
+        if (lane == 0) shared[h] = v.y ? A(1) / (A(1) + exp(-score / sqrt(A(head_dim)))) : A(1);
     }
     __syncthreads();
 }
@@ -89,7 +79,7 @@ __device__ __forceinline__ A carried_filter(const Vectors<A>& v, int64_t C, int6
 
 // A thread's strip on its way down the map, kLane channels wide. Each row of the input adds to three rows of the
 // output, so that it is read, and widened, once.
-template <class A, int kLane, int kWidth = kColumns>
+template <class A, int kLane, int kWidth>
 struct Strip {
     A done[kWidth][kLane], here[kWidth][kLane] = {}, next[kWidth][kLane] = {};
 
@@ -135,7 +125,7 @@ struct Strip {
 // What a thread knows of its strip's values: mean and squared deviations by Welford's formula for a row of the strip at
 // a time; `folded` instead sums o and the output that it becomes. The columns from `valid` on are not in the map;
 // with kWhole none of the strip's are, or all.
-template <class A, int kLane, bool kFolded, int kWidth = kColumns, bool kWhole = false>
+template <class A, int kLane, bool kFolded, int kWidth, bool kWhole>
 struct Gathered {
     A first[kLane] = {}, second[kLane] = {};
     A count = 0;
@@ -215,14 +205,10 @@ template <bool kFolded, int kLane, class T, int kWidth, bool kWhole, class A = A
 __device__ void finish_moments(const Forward<T>& a, const Tiling& t, const Place& p,
                                const Gathered<A, kLane, kFolded, kWidth, kWhole>& found, Moments<A>* shared) {
     constexpr int kSegments = 8;  // joined side by side, then one after another
-    const int channels = t.lanes * kLane, members = t.members();
+    const int channels = t.lanes * kLane, members = t.strips;
     __syncthreads();
-    if (p.active) {
 #pragma unroll
-        for (int e = 0; e < kLane; ++e) {
-            shared[p.member * channels + p.lane * kLane + e] = found.moments(e);
-        }
-    }
+    for (int e = 0; e < kLane; ++e) shared[p.strip * channels + p.lane * kLane + e] = found.moments(e);
     __syncthreads();
     const int length = static_cast<int>(ceil_div(members, kSegments));
     for (int i = threadIdx.x; i < channels * kSegments; i += blockDim.x) {

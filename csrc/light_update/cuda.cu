@@ -34,7 +34,7 @@ Tiling cut_rows(const Shape& s, int maps) {
     const int width = s.W % kWholeColumns == 0 && s.W >= 4 * kWholeColumns ? kWholeColumns : other;
     Tiling t = {};
     t.maps = std::max(1, maps);
-    t.teams = t.groups = 1;
+    t.groups = 1;
     t.lanes = (maps ? kBackwardChannels<T> : kForwardChannels<T>) / lane;
     // No fewer than make kRowStrips of them a warp.
     const int64_t least = std::max<int64_t>({kVec / lane, kWarp / kRowStrips, ceil_div(s.C, lane)});
@@ -59,7 +59,7 @@ Tiling cut_planes(const Shape& s, int maps) {
     const int64_t bytes = (maps ? 3 : 2) * sizeof(T);  // of a pixel in the slabs
     const int64_t budget = maps ? kBackwardPlanesShared : kPlanesShared;
     Tiling t = {};
-    t.maps = t.teams = std::max(1, maps);
+    t.maps = std::max(1, maps);
     t.lanes = 1;
     t.tiles = 1;
     t.columns = static_cast<int>(std::min<int64_t>(s.W, 1 << 20));
@@ -143,7 +143,7 @@ void launch(const Forward<T>& a, const Tiling& t, bool channels_last, CUstream_s
                                         ? of_width(std::integral_constant<int, kColumns>{})
                                         : of_width(std::integral_constant<int, kWholeColumns>{});
                 const int64_t shared = std::max<int64_t>(t.shared, forward_rows_shared<T, kCarry, kFolded>(t));
-                dla::launch(kernel, grid, t.threads(), shared, stream, a, t);
+                dla::launch(kernel, grid, t.lanes * t.strips, shared, stream, a, t);
             } else {
                 const auto kernel =
                     aligned ? forward_planes<T, kCarry, kFolded, true> : forward_planes<T, kCarry, kFolded, false>;
@@ -172,7 +172,7 @@ void launch(const Backward<T>& a, const Tiling& t, bool channels_last, CUstream_
                 const auto kernel =
                     aligned ? backward_rows<T, kMaps, true, kWidth> : backward_rows<T, kMaps, false, kWidth>;
                 const int64_t shared = std::max<int64_t>(t.shared, backward_rows_shared<T>(t, bool(a.grad_o)));
-                dla::launch(kernel, grid, t.threads(), shared, stream, a, t);
+                dla::launch(kernel, grid, t.lanes * t.strips, shared, stream, a, t);
             };
             const auto of_maps = [&](auto width) {
                 t.maps > 1 ? run(std::integral_constant<int, 2>{}, width)

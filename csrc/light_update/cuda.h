@@ -58,15 +58,14 @@ struct Backward {
 };
 
 // How a block cuts a map. It holds `lanes` vectors of adjacent channels in channels_last, `lanes` planes in NCHW. Its
-// threads stand in `groups` bands of rows and in strips of columns, once for each of the `teams`: in NCHW's backward
-// some work for x and as many for carried. `maps` are those that backward has products of.
+// threads stand in strips of columns, in NCHW also in `groups` bands of rows. `maps` are those that backward has
+// products of.
 struct Tiling {
-    int lanes, strips, groups, teams, maps, rows, columns;
+    int lanes, strips, groups, maps, rows, columns;
     int chunks, tiles, runs;  // blocks along C, W and H
     int shared;               // bytes
 
     DLA_HOST_DEVICE int members() const { return strips * groups; }
-    DLA_HOST_DEVICE int threads() const { return static_cast<int>(round_up(lanes * members() * teams, 32)); }
     DLA_HOST_DEVICE int parts() const { return tiles * runs; }
     DLA_HOST_DEVICE int64_t blocks() const { return int64_t(chunks) * parts(); }  // of a sample
 };

@@ -7,6 +7,17 @@ namespace dla::light_update {
 
 constexpr int kSampleThreads = 512;
 
+// One element of the query or the key: a filter of `taps` along the channels.
+template <class A>
+__device__ __forceinline__ A along_channels(const A* y, const A* weight, int64_t taps, int64_t C, int64_t c) {
+    A sum = 0;
+    for (int64_t t = 0; t < taps; ++t) {
+        const int64_t from = c + t - taps / 2;
+        if (from >= 0 && from < C) sum += weight[t] * y[from];
+    }
+    return sum;
+}
+
 // A sample's products -> the gradients of its vectors, and a row of its shares in the gradients that all samples share:
 // value_weight [C, 9], carry_weight [C, 9], carry_scale [C], query_weight and key_weight [taps].
 template <class T>

@@ -16,7 +16,8 @@ __device__ __forceinline__ int quotient(int n, int d) {
     return static_cast<int>((static_cast<float>(n) + 0.5f) * reciprocal(static_cast<float>(d)));
 }
 
-// Place in fewer instructions, all of which count where a thread has few pixels; both maps are every thread's.
+// Where a block stands in the map, and a thread in the block, in few instructions: all of them count where a thread has
+// few pixels.
 struct PlanePlace {
     int b, c, column, first, last, part, columns, lane, strip, group, member;
     bool active;
@@ -202,31 +203,6 @@ struct Band {
     }
 };
 
-// The same as attend() of the other kernels, in fewer instructions: all of them count where a thread has few pixels.
-template <class A>
-__device__ void attend_planes(const Vectors<A>& v, int C, int b, int first, int count, A* shared) {
-    const int head_dim = static_cast<int>(v.head_dim), taps = static_cast<int>(v.taps), lane = threadIdx.x % kWarp;
-    const int head = static_cast<unsigned>(first) / head_dim;
-    const A* const y = v.y + int64_t(b) * C;
-    for (int h = threadIdx.x / kWarp; (head + h) * head_dim < first + count; h += blockDim.x / kWarp) {
-        A score = 0;
-        for (int j = lane; v.y && j < head_dim; j += kWarp) {
-            const int begin = (head + h) * head_dim + j - taps / 2;
-            A query = 0, key = 0;
-#pragma unroll 4
-            for (int k = 0; k < taps; ++k) {
-                if (begin + k < 0 || begin + k >= C) continue;
-                query += v.query_weight[k] * y[begin + k];
-                key += v.key_weight[k] * y[begin + k];
-            }
-            score += query * key;
-        }
-        score = warp_sum(score);
-        if (lane == 0) shared[h] = v.y ? A(1) / (A(1) + exp(-score / sqrt(A(head_dim)))) : A(1);
-    }
-    __syncthreads();
-}
-
 // A channel's filters, read before they are needed: while the block computes its attention.
 template <class A, Carry kCarry>
 struct Filters {
@@ -381,7 +357,7 @@ __global__ void __launch_bounds__(kPlaneThreads, (blocks_in_forward<T, kCarry, k
         next_carried = a.carried.at(p.b, band.c, pixel);
         if (has_rows) of_carried.template fetch_from<kAligned>(next_carried, valid);
     }
-    attend_planes(a.vectors, C, p.b, p.c, min(t.lanes, C - p.c), attention);
+    attend(a.vectors, C, p.b, p.c, min(t.lanes, C - p.c), attention);
     filters.attend_by(a.vectors, p.c, band.c, attention);
     await_copies<0>();
     __syncthreads();

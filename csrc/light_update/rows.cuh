@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kRowThreads, (kForwardResident<T, kAligned>))
     const int channels = t.lanes * kLane;
     const Shape& s = a.shape;
     const int H = static_cast<int>(s.H), W = static_cast<int>(s.W), C = static_cast<int>(s.C);
-    const Place p(t, s, channels, true);
+    const Place p(t, s, channels);
     const int column = p.column + p.strip * kWidth;
     const RowCopy<T, kPitch, kLane, kWidth + 2, kAligned> copy(t, s, p, column - 1);
     T* const ring_x = shared_memory<T>() + p.strip * kRing;

@@ -198,14 +198,12 @@ constexpr int64_t kDsuSmall = 1 << 16;
 // From so many weights and rows on a unit's phases go in tiles: with fewer most blocks would have none.
 constexpr int64_t kDsuTiledWeights = 1 << 15, kDsuTiledRows = 64;
 
-inline bool dsu_tiled(const DsuWork& work) { return work.weights >= kDsuTiledWeights && work.rows >= kDsuTiledRows; }
-
 // `groups` takes DsuRows and so much shared memory, `tiles` DsuAllRows and as much as they need.
 template <class A, class Args>
 void launch_phases(void (*groups)(Args, DsuPhases), void (*tiles)(Args, DsuPhases), const Args& args,
                    const DsuWork& work, DsuPhases phases, size_t shared, cudaStream_t stream) {
     constexpr int64_t kSlice = 1 << 14;
-    const bool tiled = dsu_tiled(work);
+    const bool tiled = work.weights >= kDsuTiledWeights && work.rows >= kDsuTiledRows;
     const int64_t values = work.weights + kDsuRows * work.of_row, all_groups = ceil_div(work.rows, kDsuRows);
     int64_t slices = values <= kDsuSmall || tiled ? 1 : std::min<int64_t>(64, ceil_div(values, kSlice));
     const auto run = [&](bool together, int64_t x, int64_t y, DsuPhases phases) {
