@@ -48,4 +48,4 @@ def rows(device: torch.device, full: bool = False) -> Iterator[Row]:
             for task in networks.TASKS:
                 labels = {"stage": f"{batch}x{channels}x{size}x{size}", "interaction": interaction, "": task}
                 row = functools.partial(prepare, batch, channels, size, interaction, task, full)
-                yield Row("blocks", labels, "plain", row, alone=True)
+                yield Row("blocks", labels, "plain", row, processes=1)

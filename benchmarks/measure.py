@@ -52,15 +52,16 @@ class Row:
         labels: what sets the row apart from the question's others, by column.
         base: the rival that the others are compared with.
         prepare: builds the rivals on a device; raises :class:`Wrong`.
-        alone: whether it is measured on a CPU in a process of its own: how fast a network is hangs on where in a heap
-            its maps come to lie, which is what all before it have left of it.
+        processes: in how many processes of its own it is measured on a CPU, the results taken together; 0 in the run's.
+            How fast a network is hangs on where in memory its maps come to lie, which is what all before it have left
+            of a heap, and on which pages the system hands out.
     """
 
     question: str
     labels: dict[str, str | int]
     base: str
     prepare: Callable[[torch.device], Prepared]
-    alone: bool = False
+    processes: int = 0
 
     @property
     def name(self) -> str:

@@ -171,4 +171,4 @@ def rows(device: torch.device, full: bool = False, models: Sequence[str] = ()) -
             labels = {"model": name, "batch": batch, "image": size, "": task}
             eager = full or bool(models) or name.startswith("resnet20_")
             row = functools.partial(prepare, name, batch, size, task, eager, full)
-            yield Row("models", labels, "plain", row, alone=True)
+            yield Row("models", labels, "plain", row, processes=2)

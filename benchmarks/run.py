@@ -10,6 +10,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -34,7 +35,7 @@ QUESTIONS = {
 #: Seconds for the rounds of a row, in a short run and in a full one.
 BUDGET_S, FULL_BUDGET_S = 1.0, 5.0
 #: The share of a run's time in which doubtful rows may be measured again.
-AGAIN = 0.15
+AGAIN = 0.05
 
 
 def rows_of(
@@ -137,6 +138,19 @@ def load(path: Path) -> dict:
     return results
 
 
+class Failed(Exception):
+    """Why a row could not be measured."""
+
+
+@dataclass
+class Sampled:
+    """Seconds a call of a row's rivals, see :func:`measure.interleaved`, why some failed, and the row's facts."""
+
+    samples: dict[str, list[float]]
+    failed: dict[str, str]
+    facts: dict[str, float]
+
+
 class Run:
     """A run's results, written after every row.
 
@@ -216,22 +230,36 @@ class Run:
 
     def one(self, row: Row, budget_s: float) -> dict:
         """What was measured, or the error that kept a row from being measured: the others do not suffer from it."""
-        if not (row.alone and self.device.type == "cpu"):
-            return measured(row, self.device, budget_s)
+        found = {"question": row.question, "name": row.name, "labels": row.labels, "base": row.base}
+        try:
+            if row.processes and self.device.type == "cpu":
+                parts = [self.in_process(row, budget_s / row.processes) for _ in range(row.processes)]
+            else:
+                parts = [sampled(row, self.device, budget_s)]
+        except Failed as error:
+            return found | {"error": str(error)}
+        return found | together(parts)
+
+    def in_process(self, row: Row, budget_s: float) -> Sampled:
+        """What :func:`sampled` gives in a new process."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch"])  # no more: there, this folder comes before the installed packages
         here, there = context.Pipe(duplex=False)
-        process = context.Process(target=_send_measured, args=(there, row, self.device, budget_s, self.kept_memory))
+        arguments = there, torch.get_num_threads(), self.kept_memory, row, self.device, budget_s
+        process = context.Process(target=_send_sampled, args=arguments)
         process.start()
         there.close()
         try:
-            return here.recv()
+            got = here.recv()
         except EOFError:
             process.join()
-            return _found(row) | {"error": f"its process ended with exit code {process.exitcode}"}
+            got = Failed(f"its process ended with exit code {process.exitcode}")
         finally:
             process.kill()
             process.join()
+        if isinstance(got, Failed):
+            raise got
+        return got
 
     def save(self) -> None:
         whole = self.path.with_suffix(".part")
@@ -239,30 +267,38 @@ class Run:
         os.replace(whole, self.path)
 
 
-def measured(row: Row, device: torch.device, budget_s: float) -> dict:
-    """A row's results, see :meth:`Run.one`."""
-    found = _found(row)
+def sampled(row: Row, device: torch.device, budget_s: float) -> Sampled:
+    """Raises :class:`Failed` where ours or the base could not be measured."""
     try:
         prepared = row.prepare(device)
         rivals = prepared.rivals | {MACHINE: measure.large_copy(device)}
         samples, failed = measure.interleaved(rivals, device, budget_s)
     except measure.Wrong as error:
-        return found | {"error": f"WRONG: {error}"}
+        raise Failed(f"WRONG: {error}") from error
     except Exception as error:
-        return found | {"error": measure.reason(error)}
+        raise Failed(measure.reason(error)) from error
     if row.base in failed:
-        return found | {"error": f"{row.base}: {failed[row.base]}"}
+        raise Failed(f"{row.base}: {failed[row.base]}")
+    return Sampled(samples, failed, prepared.facts)
+
+
+def together(parts: Sequence[Sampled]) -> dict:
+    """The results of a row by the rounds of all its processes; a rival that failed in one of them has none."""
+    failed = {name: why for part in parts for name, why in part.failed.items()}
+    names = [name for name in parts[0].samples if name not in failed]
+    samples = {name: [s for part in parts for s in part.samples[name]] for name in names}
     times = {name: measure.percentiles(s) for name, s in samples.items()}
-    found |= {"seconds": times, "over_ours": measure.over_ours(samples), "facts": prepared.facts}
+    found = {"seconds": times, "over_ours": measure.over_ours(samples), "facts": parts[0].facts}
     return found | ({"failed": failed} if failed else {})
 
 
-def _found(row: Row) -> dict:
-    return {"question": row.question, "name": row.name, "labels": row.labels, "base": row.base}
-
-
-def _send_measured(to: Connection, row: Row, device: torch.device, budget_s: float, kept_memory: bool) -> None:
+def _send_sampled(to: Connection, threads: int, kept_memory: bool, *of_sampled) -> None:
+    """Sends what :func:`sampled` gives, or raises."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run's own process hears it and ends this one
+    torch.set_num_threads(threads)
     if kept_memory:
         keep_memory()
-    to.send(measured(row, device, budget_s))
+    try:
+        to.send(sampled(*of_sampled))
+    except Failed as error:
+        to.send(error)

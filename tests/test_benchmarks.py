@@ -208,9 +208,10 @@ def test_doubtful_rows_are_measured_again(tmp_path, monkeypatch):
 
         return inner
 
-    def measured(row, device, budget_s):
-        row.prepare(device)
-        take, found = takes[row.labels["stage"]].pop(0), run._found(row)
+    def one(self, row, budget_s):
+        row.prepare(CPU)
+        take = takes[row.labels["stage"]].pop(0)
+        found = {"question": row.question, "name": row.name, "labels": row.labels, "base": row.base}
         if take is None:
             return found | {"error": "no memory"}
         copy_s, ours, base = take
@@ -219,7 +220,7 @@ def test_doubtful_rows_are_measured_again(tmp_path, monkeypatch):
         return found | {"seconds": times, "over_ours": {"fused": 1, "plain": 1}, "facts": {}}
 
     first_takes = {name: list(both) for name, both in takes.items()}
-    monkeypatch.setattr(run, "measured", measured)
+    monkeypatch.setattr(run.Run, "one", one)
     monkeypatch.setattr(run, "AGAIN", 1e9)
     rows = [make_row(name, prepare(name)) for name in takes]
     run.Run(tmp_path / "bench.json", CPU).measure(rows, 0, lambda *row: heard.append(row))
@@ -246,17 +247,44 @@ class Ends:
         return os._exit, (7,)
 
 
-def test_row_alone_has_a_process_of_its_own(tmp_path, monkeypatch):
-    assert all(row.alone for row in run.rows_of(["blocks"], CPU))
+THREADS = """import torch
+from dla.benchmarks.measure import Prepared
+
+def prepare(device):
+    return Prepared({"fused": torch.get_num_threads, "plain": int}, {"threads": torch.get_num_threads()})
+"""
+
+
+def test_row_has_processes_of_its_own(tmp_path, monkeypatch):
+    assert {row.processes for row in run.rows_of(["blocks"], CPU)} == {1}
     rows = run.rows_of(["models"], CPU)
-    assert all(row.alone for row in rows)
+    assert {row.processes for row in rows} == {2}
     small = functools.partial(models.prepare, "resnet20_dla_l", 2, 32, "inference", False, False)
     monkeypatch.setattr(models, "build", fail)  # here alone
     session = run.Run(tmp_path / "bench.json", CPU)
-    session.measure([replace(row, prepare=what) for row, what in zip(rows, (small, Ends()), strict=False)], 0)
-    measured, ended = session.results["rows"]
+    unknown = functools.partial(models.prepare, "resnet20_none", 2, 32, "inference", False, False)
+    (tmp_path / "threads.py").write_text(THREADS)
+    monkeypatch.syspath_prepend(tmp_path)
+    prepare = small, Ends(), unknown, importlib.import_module("threads").prepare
+    session.measure([replace(row, prepare=what) for row, what in zip(rows, prepare, strict=False)], 0)
+    measured, ended, unknown, counted = session.results["rows"]
     assert measured["seconds"]["fused"]["p50"] > 1e-4
+    assert measured["seconds"]["fused"]["rounds"] == 2 * measure.MIN_ROUNDS
     assert ended["error"] == "its process ended with exit code 7"
+    assert unknown["error"].startswith("ValueError: `name` must be one of")
+    assert counted["facts"] == {"threads": torch.get_num_threads()} == {"threads": 1}
+
+
+def test_processes_are_taken_together():
+    """By their rounds; what failed in one of them has no time."""
+    first = run.Sampled({"fused": [1.0, 1.0], "plain": [2.0, 2.0], "other": [5.0, 5.0]}, {}, {"goal": 3})
+    second = run.Sampled({"fused": [2.0, 4.0, 8.0], "plain": [6.0, 12.0, 24.0]}, {"other": "no room"}, {"goal": 3})
+    found = run.together([first, second])
+    assert found["seconds"]["fused"]["p50"] == 2
+    assert found["over_ours"] == {"fused": 1, "plain": 3}
+    assert found["failed"] == {"other": "no room"}
+    assert found["facts"] == {"goal": 3}
+    assert run.together([first])["over_ours"] == {"fused": 1, "plain": 2, "other": 5}
 
 
 def test_a_new_run_keeps_the_one_before(tmp_path):
