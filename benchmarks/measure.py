@@ -85,9 +85,12 @@ def seconds_of(function: Function, calls: int, device: torch.device) -> float:
 
 
 def interleaved(
-    rivals: dict[str, Function], device: torch.device, budget_s: float
+    rivals: dict[str, Function], device: torch.device, budget_s: float, processes: int = 1
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds a call of every rival in every round, after a warm-up, and why some could not run."""
+    """Seconds a call of every rival in every round, after a warm-up, and why some could not run.
+
+    Of the rounds, those that fall to one of so many processes.
+    """
     once, failed = warm_up(rivals, device)
     calls = {name: max(1, round(SAMPLE_S / seconds)) for name, seconds in once.items()}
     samples = {name: [] for name in calls}
@@ -95,7 +98,8 @@ def interleaved(
     for done in itertools.count(1):
         for name, values in samples.items():
             values.append(seconds_of(rivals[name], calls[name], device))
-        if done == MAX_ROUNDS or (done >= MIN_ROUNDS and time.perf_counter() - begin > budget_s):
+        enough = done * processes >= MIN_ROUNDS and (time.perf_counter() - begin) * processes > budget_s
+        if enough or done == MAX_ROUNDS:
             return samples, failed
 
 

@@ -34,7 +34,7 @@ SHORT = (
     "resnet110_dla_b",
     "resnet50_dla_l",
 )
-#: What the time over the plain network's is to be at most.
+#: What the time over the plain network's is to be at most; what is judged is measured in two processes.
 GOALS = {
     "cpu": {
         "resnet20_dla_l": {"train step": 1.35, "inference": 1.30},
@@ -126,11 +126,15 @@ def prepare(name, batch, size, task, eager, compiled, device) -> Prepared:
     if compiled:
         torch._dynamo.reset()
         models |= {f"compiled {n}": torch.compile(m) for n, m in models.items()}
-    goal = GOALS[device.type].get(name, {}).get(task)
+    most = goal(name, task, device)
     return Prepared(
         {n: autocast(networks.TASKS[task](m, x, y), device) for n, m in models.items()},
-        {} if goal is None else {"goal": goal},
+        {} if most is None else {"goal": most},
     )
+
+
+def goal(name: str, task: str, device: torch.device) -> float | None:
+    return GOALS[device.type].get(name, {}).get(task)
 
 
 def autocast(function, device: torch.device):
@@ -171,4 +175,4 @@ def rows(device: torch.device, full: bool = False, models: Sequence[str] = ()) -
             labels = {"model": name, "batch": batch, "image": size, "": task}
             eager = full or bool(models) or name.startswith("resnet20_")
             row = functools.partial(prepare, name, batch, size, task, eager, full)
-            yield Row("models", labels, "plain", row, processes=2)
+            yield Row("models", labels, "plain", row, processes=1 if goal(name, task, device) is None else 2)

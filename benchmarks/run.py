@@ -33,7 +33,7 @@ QUESTIONS = {
     "floors": floors.rows,
 }
 #: Seconds for the rounds of a row, in a short run and in a full one.
-BUDGET_S, FULL_BUDGET_S = 1.0, 5.0
+BUDGET_S, FULL_BUDGET_S = 0.8, 5.0
 #: The share of a run's time in which doubtful rows may be measured again.
 AGAIN = 0.05
 
@@ -233,7 +233,7 @@ class Run:
         found = {"question": row.question, "name": row.name, "labels": row.labels, "base": row.base}
         try:
             if row.processes and self.device.type == "cpu":
-                parts = [self.in_process(row, budget_s / row.processes) for _ in range(row.processes)]
+                parts = [self.in_process(row, budget_s) for _ in range(row.processes)]
             else:
                 parts = [sampled(row, self.device, budget_s)]
         except Failed as error:
@@ -241,11 +241,11 @@ class Run:
         return found | together(parts)
 
     def in_process(self, row: Row, budget_s: float) -> Sampled:
-        """What :func:`sampled` gives in a new process."""
+        """What :func:`sampled` gives in a new process, one of the row's."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch"])  # no more: there, this folder comes before the installed packages
         here, there = context.Pipe(duplex=False)
-        arguments = there, torch.get_num_threads(), self.kept_memory, row, self.device, budget_s
+        arguments = there, torch.get_num_threads(), self.kept_memory, row, self.device, budget_s, row.processes
         process = context.Process(target=_send_sampled, args=arguments)
         process.start()
         there.close()
@@ -267,12 +267,16 @@ class Run:
         os.replace(whole, self.path)
 
 
-def sampled(row: Row, device: torch.device, budget_s: float) -> Sampled:
-    """Raises :class:`Failed` where ours or the base could not be measured."""
+def sampled(row: Row, device: torch.device, budget_s: float, processes: int = 1) -> Sampled:
+    """The rounds that fall to one of so many processes.
+
+    Raises:
+        Failed: ours or the base could not be measured.
+    """
     try:
         prepared = row.prepare(device)
         rivals = prepared.rivals | {MACHINE: measure.large_copy(device)}
-        samples, failed = measure.interleaved(rivals, device, budget_s)
+        samples, failed = measure.interleaved(rivals, device, budget_s, processes)
     except measure.Wrong as error:
         raise Failed(f"WRONG: {error}") from error
     except Exception as error:
