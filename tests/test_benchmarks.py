@@ -694,6 +694,7 @@ def test_the_choice_in_the_package_is_that_of_the_results():
 def test_a_choice_is_written_as_a_module(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dla_kernels").mkdir()
+    (tmp_path / choice.TARGET).touch()
     (tmp_path / choice.RESULTS / "gpu").mkdir(parents=True)
     results = measured("9.0", gap_dsu=[(1.0, 0.9)])
     (tmp_path / choice.RESULTS / "gpu" / "bench.json").write_text(json.dumps(results | {"limits": {}}))
@@ -701,3 +702,6 @@ def test_a_choice_is_written_as_a_module(tmp_path, monkeypatch):
     found = {}
     exec((tmp_path / choice.TARGET).read_text(), found)
     assert found["FASTEST"] == {"9.0": {"gap_dsu": "triton"}}
+    os.utime(tmp_path / choice.TARGET, (0, 0))
+    choice.main()
+    assert (tmp_path / choice.TARGET).stat().st_mtime == 0
