@@ -16,7 +16,7 @@ __device__ __forceinline__ A rectify(A v) {
 
 // Welford's update: every element of a vector has moments of its own, all of the same count.
 template <class W, class T>
-__global__ void __launch_bounds__(kThreads) moments(const NormMoments<T> a, const WalkPlan plan) {
+__global__ void __launch_bounds__(kThreads, W::N == 1 ? 4 : 0) moments(const NormMoments<T> a, const WalkPlan plan) {
     using A = Acc<T>;
     const W walk(a.shape, plan);
     auto* shared = shared_memory<Moments<A>>();
