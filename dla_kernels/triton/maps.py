@@ -204,6 +204,14 @@ def inside_of(area, left, c, p):
 
 
 @triton.jit
+def between(i, first, end, like):
+    """Whether first <= i < end, for each element of ``like``: a comparison of scalars makes no mask in Triton 3.9's
+    interpreter."""
+    i = tl.full(like.shape, i, tl.int32)
+    return (i >= first) & (i < end)
+
+
+@triton.jit
 def load(x, b, c, first, inside, dtype: tl.constexpr):
     """A tile [channels, pixels] of a map, from the pixel ``first`` on, 0 where it is not ``inside``."""
     return tl.load(address(x, b, c, first, inside.shape[1]), mask=inside, other=0.0).to(dtype)
