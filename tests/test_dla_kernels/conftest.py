@@ -57,3 +57,23 @@ def _interpreter_rounds_to_nearest(monkeypatch):
 
     cast_impl = interpreter.InterpreterBuilder.cast_impl
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
+
+
+@pytest.fixture(autouse=True)
+def _masks_are_booleans(monkeypatch):
+    """The interpreter of Triton 3.9 takes no other mask, those before it take any."""
+    if triton.why_not(torch.device("cpu")) is not None:
+        return
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def checked(name, position):
+        access = getattr(InterpreterBuilder, name)
+
+        def run(self, *args, **kwargs):
+            assert args[position].data.dtype == bool, f"a mask of {args[position].data.dtype}"
+            return access(self, *args, **kwargs)
+
+        return run
+
+    for name, position in (("create_masked_load", 1), ("create_masked_store", 2)):
+        monkeypatch.setattr(InterpreterBuilder, name, checked(name, position))
