@@ -204,11 +204,10 @@ def inside_of(area, left, c, p):
 
 
 @triton.jit
-def between(i, first, end, like):
-    """Whether first <= i < end, for each element of ``like``: a comparison of scalars makes no mask in Triton 3.9's
-    interpreter."""
-    i = tl.full(like.shape, i, tl.int32)
-    return (i >= first) & (i < end)
+def everywhere(i, like):
+    """A scalar in every element of a mask like this one, to be compared there: a comparison of scalars makes no mask in
+    Triton 3.9's interpreter."""
+    return tl.full(like.shape, i, tl.int32)
 
 
 @triton.jit

@@ -24,9 +24,9 @@ from dla_kernels.triton.maps import (
     add_to_moments,
     area_of,
     as_map,
-    between,
     counts,
     dense,
+    everywhere,
     extent,
     in_vectors,
     inside_of,
@@ -158,7 +158,7 @@ def layer_weight(weights, m, count, first, T, b, c, C):
 def weighted_sum(total, maps, weights, count, first, T, b, c, start, C, inside, A: tl.constexpr):
     """total + the first ``count`` of the maps, which are those from ``first`` on of T, times their weights."""
     for m in tl.static_range(len(maps)):
-        there = inside & between(m, 0, count, inside)
+        there = inside & (everywhere(m, inside) < count)
         total += layer_weight(weights, m, count, first, T, b, c, C) * load(maps[m], b, c, start, there, A)
     return total
 
@@ -220,8 +220,8 @@ def _backward(
     if grad_o is not None:
         store(grad_o, b, c, left, inside, d)
     for m in tl.static_range(len(values)):
-        product = tl.sum(d * load(values[m], b, c, left, inside & between(m, 0, value_count, inside), A), 1)
-        tl.store(parts + at * T + (first + m) * C + c, product, mask=(c < C) & between(m, 0, value_count, c))
+        product = tl.sum(d * load(values[m], b, c, left, inside & (everywhere(m, inside) < value_count), A), 1)
+        tl.store(parts + at * T + (first + m) * C + c, product, mask=(c < C) & (everywhere(m, c) < value_count))
     if grad_value is not None:
         if before is None:
             total = tl.load(weights + (b * T + T - 1) * C + c, mask=c < C, other=0.0)[:, None] * d

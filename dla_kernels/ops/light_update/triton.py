@@ -18,9 +18,9 @@ from dla_kernels.triton.maps import (
     add_to_moments,
     area_of,
     as_map,
-    between,
     counts,
     dense,
+    everywhere,
     extent,
     inside_of,
     is_channels_last,
@@ -95,7 +95,8 @@ def filters(weight, factor, c, C):
 @triton.jit
 def beside(area, c, p, row, SHIFT: tl.constexpr):
     """Which pixels exist that lie SHIFT columns beside those of a tile."""
-    exists = (p + SHIFT >= 0) & (p + SHIFT < area.width) & between(row, 0, area.height, p)
+    row = everywhere(row, p)
+    exists = (p + SHIFT >= 0) & (p + SHIFT < area.width) & (row >= 0) & (row < area.height)
     return (c < area.channels)[:, None] & exists[None, :]
 
 
@@ -160,7 +161,7 @@ def _forward(
                     elif dx == 0:
                         here += factor * load(carried, b, c, row * W + start, exists, A)
             # The row above is complete now.
-            inside = inside_of(area, left, c, p) & between(row, top + 1, top + rows + 1, p)[None, :]
+            inside = inside_of(area, left, c, p) & (everywhere(row, p) > top)[None, :]
             first = (row - 1) * W + start
             if o is not None:
                 store(o, b, c, first, inside, above)
@@ -254,14 +255,14 @@ def _backward(
                 if grad_o is not None:
                     of_o += load(grad_o, b, c, first, exists, A)
                 d = d + (tl.where(exists, of_o + from_o, 0.0),)
-            within = inside & between(row + 1, top, top + rows, inside)
+            within = inside & (everywhere(row + 1, inside) >= top) & (everywhere(row + 1, inside) < top + rows)
             x_below = load(x, b, c, (row + 1) * W + start, within, A)
             of_value = products(of_value, d, x_above, x_here, x_below)
             below = zero
             for dx in tl.static_range(-1, 2):
                 # The input met the tap at the output on the other side.
                 below, here, above = pass_on(to_x, d[1 - dx], dx, below, here, above)
-            complete = inside & between(row, top + 1, top + rows + 1, inside)
+            complete = inside & (everywhere(row, inside) > top)
             of_attention += above * x_above  # the same sum as of D V, with less to cancel than in the taps' sums
             if grad_x is not None:
                 store(grad_x, b, c, (row - 1) * W + start, complete, residual + a * above)
@@ -287,7 +288,7 @@ def _backward(
                     carry_above = carry_here
                     carry_here = carry_below
                 else:
-                    within = inside & between(row, top, top + rows, inside)
+                    within = inside & (everywhere(row, inside) >= top) & (everywhere(row, inside) < top + rows)
                     of_carry = (of_carry[0] + d[1] * load(carried, b, c, row * W + start, within, A),)
                     if grad_carried is not None:
                         store(grad_carried, b, c, row * W + start, within, lambda_ * gate_value * d[1])
