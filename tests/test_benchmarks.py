@@ -209,19 +209,22 @@ def test_doubtful_rows_are_measured_again(tmp_path, monkeypatch):
 
         return inner
 
-    def one(self, row, budget_s):
-        row.prepare(CPU)
+    def sampled(row, device, budget_s):
+        row.prepare(device)
         take = takes[row.labels["stage"]].pop(0)
-        found = {"question": row.question, "name": row.name, "labels": row.labels, "base": row.base}
         if take is None:
-            return found | {"error": "no memory"}
-        copy_s, ours, base = take
+            raise run.Failed("no memory")
+        return take
+
+    def together(parts):
+        [(copy_s, ours, base)] = parts
         times = {name: {"p20": 1 - s, "p50": 1, "p80": 1 + s} for name, s in {"fused": ours, "plain": base}.items()}
         times[measure.MACHINE] = measure.percentiles([copy_s])
-        return found | {"seconds": times, "over_ours": {"fused": 1, "plain": 1}, "facts": {}}
+        return {"seconds": times, "over_ours": {"fused": 1, "plain": 1}, "facts": {}}
 
     first_takes = {name: list(both) for name, both in takes.items()}
-    monkeypatch.setattr(run.Run, "one", one)
+    monkeypatch.setattr(run, "sampled", sampled)
+    monkeypatch.setattr(run, "together", together)
     monkeypatch.setattr(run, "AGAIN", 1e9)
     rows = [make_row(name, prepare(name)) for name in takes]
     run.Run(tmp_path / "bench.json", CPU).measure(rows, 0, lambda *row: heard.append(row))
