@@ -49,7 +49,7 @@ VALUE_SIZES = ((512, 4), (1024, 4))
 
 #: The same of a backward tile, where these are 16 sums and values, or 28 with a filter of the carry: in channels_last
 #: without and with the filter, and in NCHW, where each element has an address of its own.
-BACKWARD_SIZES = ((512, 4), (256, 2)), ((256, 4), (128, 2)), ((128, 4), (256, 8))
+BACKWARD_SIZES = ((512, 4), (256, 2)), ((256, 4), (128, 2)), ((128, 4), (64, 2))
 
 #: The one of float64 in channels_last: on maps of 7x7 a value map's backward spills with four warps.
 FLOAT64_BACKWARD = ((512, 8),)
