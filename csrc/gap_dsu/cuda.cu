@@ -1,5 +1,6 @@
 // gap_dsu on the GPU: GAP where it is not given, then one or two steps of the DSU.
 #include "common/cuda/dsu.cuh"
+#include "common/cuda/dsu_weights.cuh"
 #include "common/cuda/parts.cuh"
 #include "common/cuda/walk.cuh"
 #include "gap_dsu/cuda.h"

@@ -1,5 +1,6 @@
 // refresh_gates on the GPU: the DSU over all prior layers of all samples at once.
 #include "common/cuda/dsu.cuh"
+#include "common/cuda/dsu_weights.cuh"
 #include "refresh_gates/cuda.h"
 
 namespace dla {
