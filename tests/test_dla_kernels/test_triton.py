@@ -278,7 +278,7 @@ LAUNCHES = [
     ("gap_dsu", {}, (3, 5)),
     ("gap_dsu", {"carried": True}, (5, 11)),
     ("refresh_gates", {}, (2, 5)),
-    ("layer_attention", {"T": 1}, (6, 10)),
+    ("layer_attention", {"T": 1}, (6, 9)),
     ("light_update", {}, (3, 5)),
     ("norm_residual", {}, (3, 3)),
 ]

@@ -51,9 +51,6 @@ VALUE_SIZES = ((512, 4), (1024, 4))
 #: without and with the filter, and in NCHW, where each element has an address of its own.
 BACKWARD_SIZES = ((512, 4), (256, 2)), ((256, 4), (128, 2)), ((128, 4), (64, 2))
 
-#: The one of float64 in channels_last: on maps of 7x7 a value map's backward spills with four warps.
-FLOAT64_BACKWARD = ((512, 8),)
-
 
 @triton.jit
 def channel_conv(y, filter, i, inside, C, TAPS: tl.constexpr):
@@ -199,12 +196,14 @@ def _backward(
     attention_parts, value_parts, scale_parts, gate_parts, carry_parts, area, EPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
+    """Without a y the attention is 1, and without a weight o's place is that of what flows to o."""
     b, c, top, left, at = place(area, BLOCK_C)
     C = area.channels
     W = area.width
     rows, columns = extent(area, top, left)
     A: tl.constexpr = value_weight.dtype.element_ty
-    a = attention(y + b * C, query_weight, key_weight, c, C, HEAD_DIM, BLOCK_D, TAPS)
+    if y is not None:
+        a = attention(y + b * C, query_weight, key_weight, c, C, HEAD_DIM, BLOCK_D, TAPS)
     if weight is not None:
         center, inverse, scale, _ = normalisation(mean, var, weight, weight, c, C, EPS)
     from_out = pooled_gradient(grad_out_mean, b, c, C, area.height * W, A, BLOCK_C)
@@ -263,9 +262,12 @@ def _backward(
                 # The input met the tap at the output on the other side.
                 below, here, above = pass_on(to_x, d[1 - dx], dx, below, here, above)
             complete = inside & (everywhere(row, inside) > top)
-            of_attention += above * x_above  # the same sum as of D V, with less to cancel than in the taps' sums
+            to_own = above
+            if y is not None:
+                of_attention += above * x_above  # the same sum as of D V, with less to cancel than in the taps' sums
+                to_own = a * above
             if grad_x is not None:
-                store(grad_x, b, c, (row - 1) * W + start, complete, residual + a * above)
+                store(grad_x, b, c, (row - 1) * W + start, complete, residual + to_own)
             residual = own
             x_above = x_here
             x_here = x_below
@@ -294,8 +296,11 @@ def _backward(
                         store(grad_carried, b, c, row * W + start, within, lambda_ * gate_value * d[1])
     for tap in tl.static_range(9):
         tap_sum = tl.sum(of_value[tap], 1)
-        tl.store(value_parts + 9 * (at + c) + tap, tl.sum(a, 1) * tap_sum, mask=c < C)
-    tl.store(attention_parts + at + c, tl.sum(of_attention, 1), mask=c < C)
+        if y is not None:
+            tap_sum = tl.sum(a, 1) * tap_sum
+        tl.store(value_parts + 9 * (at + c) + tap, tap_sum, mask=c < C)
+    if y is not None:
+        tl.store(attention_parts + at + c, tl.sum(of_attention, 1), mask=c < C)
     if carried is not None:
         lambda_vector = tl.load(carry_scale + c, mask=c < C, other=0.0)
         middle = tl.sum(of_carry[4 if carry_weight is not None else 0], 1)
@@ -359,9 +364,7 @@ def _block(x: Tensor) -> int:
 
 
 def _backward_sizes(o: Tensor, filtered: bool) -> tuple[tuple[int, int], ...]:
-    if not is_channels_last(o):
-        return BACKWARD_SIZES[2]
-    return FLOAT64_BACKWARD if o.dtype.itemsize == 8 else BACKWARD_SIZES[filtered]
+    return BACKWARD_SIZES[filtered if is_channels_last(o) else 2]
 
 
 def _run_forward(
@@ -380,6 +383,22 @@ def _run_forward(
         join_sums([mean_parts, out_parts], [o_mean, out_mean])
     else:
         join_moments(mean_parts, var_parts, o_mean, o_var, area)
+
+
+def _run_backward(
+    grad_out, grad_out_mean, grad_o, grad_o_mean, o, norm, eps, count, x, y, query_weight, key_weight, value_weight,
+    carried, carry_scale, gate, carry_weight, head_dim, grad_x, grad_carried, area, attention_parts, value_parts,
+    scale_parts, gate_parts, carry_parts,
+) -> None:  # fmt: skip
+    walk(
+        _backward, o, area, map_beside(grad_out, o), dense(grad_out_mean), map_beside(grad_o, o), dense(grad_o_mean),
+        as_map(o), *map(dense, norm), count, map_beside(x, o),
+        *map(dense, (y, query_weight, key_weight, value_weight)), map_beside(carried, o),
+        *map(dense, (carry_scale, gate, carry_weight)), as_map(grad_x), as_map(grad_carried), attention_parts,
+        value_parts, scale_parts, gate_parts, carry_parts, of=tile_of,
+        sizes=_backward_sizes(o, carry_weight is not None), variant=int(y is None), EPS=eps, HEAD_DIM=head_dim,
+        BLOCK_D=power_of_2(head_dim), TAPS=1 if query_weight is None else query_weight.shape[-1],
+    )  # fmt: skip
 
 
 def forward(
@@ -480,24 +499,20 @@ def backward(
     value_parts = y.new_empty(area.parts * batch, 9 * channels)
     scale_parts = None if carried is None else y.new_empty(area.parts * batch, channels)
     carry_parts = None if carry_weight is None else torch.empty_like(value_parts)
-    constants = {"HEAD_DIM": head_dim, "BLOCK_D": power_of_2(head_dim), "TAPS": taps}
-    walk(
-        _backward, o, area, map_beside(grad_out, o), dense(grad_out_mean), map_beside(grad_o, o), dense(grad_o_mean),
-        as_map(o), *map(dense, (mean, var, weight, sum_weight, sum_bias, keep)), count, map_beside(x, o), y,
-        query_weight, key_weight, dense(value_weight), map_beside(carried, o),
-        *map(dense, (carry_scale, gate, carry_weight)), as_map(grad_x), as_map(grad_carried), attention_parts,
-        value_parts, scale_parts, gate_parts, carry_parts, of=tile_of,
-        sizes=_backward_sizes(o, carry_weight is not None), EPS=eps, **constants,
+    _run_backward(
+        grad_out, grad_out_mean, grad_o, grad_o_mean, o, (mean, var, weight, sum_weight, sum_bias, keep), eps, count,
+        x, y, query_weight, key_weight, value_weight, carried, carry_scale, gate, carry_weight, head_dim, grad_x,
+        grad_carried, area, attention_parts, value_parts, scale_parts, gate_parts, carry_parts,
     )  # fmt: skip
     finished = [(attention_parts, of_attention), (gate_parts, of_gate)][: 1 if gate is None else 2]
     join_sums(*zip(*finished, strict=True))
     query_parts, key_parts = y.new_empty(batch, taps), y.new_empty(batch, taps)
     if batch > 0:
-        heads = power_of_2(channels // head_dim)
+        heads, width = power_of_2(channels // head_dim), power_of_2(head_dim)
         _attention_backward[(batch,)](
             of_attention, y, query_weight, key_weight, torch.empty_like(y), torch.empty_like(y), grad_y, query_parts,
-            key_parts, channels, **constants, BLOCK_H=heads,
-            num_warps=max(1, min(8, heads * constants["BLOCK_D"] // 256)),
+            key_parts, channels, HEAD_DIM=head_dim, TAPS=taps, BLOCK_H=heads, BLOCK_D=width,
+            num_warps=max(1, min(8, heads * width // 256)),
         )  # fmt: skip
     parts = [t for t in (query_parts, key_parts, value_parts, scale_parts, carry_parts) if t is not None]
     sums = iter(sum_rows(*parts))
@@ -518,15 +533,14 @@ def backward(
 def value_map_backward(
     grad_x: Tensor, grad: Tensor, grad_mean: Tensor | None, x: Tensor, weight: Tensor, need_x: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x and weight, given those of :func:`value_map`'s two outputs, and of x so far.
-
-    Where the filters of query and key are zero the attention is sigmoid(0) = 1/2; twice the weight undoes it exactly.
-    Without a BatchNorm o's place is its gradient's.
-    """
-    y = weight.new_zeros(x.shape[:2])
-    filter = weight.new_zeros(1, 1, 1)
-    grad_x, _, _, _, grad_weight, *_ = backward(
-        grad_x, None, None, grad_mean, grad, *(None,) * 6, 1.0, 1, x, y, filter, filter, 2 * weight, *(None,) * 4,
-        x.shape[1], need_x, False,
+    """The gradients of x and weight, given those of :func:`value_map`'s two outputs, and of x so far."""
+    grad = walkable(grad)
+    area = area_of(grad, _block(grad))
+    grad_x_out = empty_map_like(grad) if need_x else None
+    value_parts = weight.new_empty(area.parts * grad.shape[0], weight.numel())
+    _run_backward(
+        grad_x, None, None, grad_mean, grad, (None,) * 6, 1.0, 1, x, *(None,) * 3, weight, *(None,) * 4, x.shape[1],
+        grad_x_out, None, area, None, value_parts, *(None,) * 3,
     )  # fmt: skip
-    return grad_x, 2 * grad_weight
+    (grad_weight,) = sum_rows(value_parts)
+    return grad.new_empty(0) if grad_x_out is None else grad_x_out, grad_weight.view(weight.shape)
