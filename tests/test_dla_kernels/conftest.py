@@ -23,11 +23,17 @@ def _new_memory_holds_nan():
 
 
 @pytest.fixture(autouse=True)
-def _interpreter_prepares_once(monkeypatch):
+def _interpreter(monkeypatch):
+    """Triton's interpreter, where it runs, nearer to what a GPU does, and in less time."""
+    if triton.why_not(torch.device("cpu")) is None:
+        prepare_once(monkeypatch)
+        round_to_nearest(monkeypatch)
+        refuse_masks_of_numbers(monkeypatch)
+
+
+def prepare_once(monkeypatch):
     """The interpreter patches ``triton.language`` again at every call of one device function by another, which takes
     most of its time; once a launch, and once for Triton's own functions, is enough."""
-    if triton.why_not(torch.device("cpu")) is not None:
-        return
     from triton.runtime import interpreter
 
     def call(self, *args, **kwargs):
@@ -41,11 +47,8 @@ def _interpreter_prepares_once(monkeypatch):
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
 
 
-@pytest.fixture(autouse=True)
-def _interpreter_rounds_to_nearest(monkeypatch):
+def round_to_nearest(monkeypatch):
     """The interpreter cuts float32 off to bfloat16, where a GPU rounds to the nearest."""
-    if triton.why_not(torch.device("cpu")) is not None:
-        return
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -59,11 +62,8 @@ def _interpreter_rounds_to_nearest(monkeypatch):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
 
 
-@pytest.fixture(autouse=True)
-def _masks_are_booleans(monkeypatch):
-    """The interpreter of Triton 3.9 takes no other mask, those before it take any."""
-    if triton.why_not(torch.device("cpu")) is not None:
-        return
+def refuse_masks_of_numbers(monkeypatch):
+    """The interpreter of Triton 3.9 takes booleans alone as a mask, those before it take anything."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     def checked(name, position):
