@@ -26,6 +26,17 @@ def in_dtype(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return t if t is None or t.dtype == dtype else t.to(dtype)
 
 
+def constant_to_a_compiler(function: Callable) -> Callable:
+    """What ``torch.compiler.assume_constant_result`` does, without loading the compiler for it."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant_to_a_compiler  # that of torch 2.11 does not see into it
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def without_autocast(function: Callable) -> Callable:
     """Runs ``function``, whose first argument is a tensor, with autocast off.
 
@@ -34,7 +45,7 @@ def without_autocast(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(x: Tensor, *args, **kwargs):
-        if not torch.amp.is_autocast_available(x.device.type):  # the meta device
+        if not _has_autocast(x.device.type):  # the meta device
             return function(x, *args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
             return function(x, *args, **kwargs)
@@ -92,9 +103,3 @@ def merge_moments(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
 def expand_heads(per_head: Tensor, head_dim: int) -> Tensor:
     """[..., heads] -> [..., C]: each head's value for all of its channels."""
     return per_head.repeat_interleave(head_dim, dim=-1)
-
-
-def constant_to_a_compiler(function: Callable) -> Callable:
-    """What ``torch.compiler.assume_constant_result`` does, without loading the compiler for it."""
-    function._dynamo_marked_constant = True
-    return function

@@ -92,16 +92,17 @@ def test_opcheck_in_place(op, library_op, monkeypatch):
     torch.library.opcheck(found, tuple(detached(a) for a in args))
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("op", TYPICAL)
-def test_compiles_to_one_graph(op):
+def test_compiles_to_one_graph(op, backend):
     call = TYPICAL[op](dtype=torch.float64)
     tensors = list(call.tensors.values())
     torch._dynamo.reset()
     compiled = torch.compile(call.function, fullgraph=True, backend="aot_eager")
-    directions = call.directions(call("native"))
-    outputs = compiled(*tensors, backend="native")
+    directions = call.directions(call(backend))
+    outputs = compiled(*tensors, backend=backend)
     grads = torch.autograd.grad(outputs, tensors, directions)
-    expected = list(call.run("native", directions).values())
+    expected = list(call.run(backend, directions).values())
     for i, (actual, wanted) in enumerate(zip((*outputs, *grads), expected, strict=True)):
         assert_close(actual, wanted, 1e-13, f"tensor {i}")
 
