@@ -54,8 +54,8 @@ def roofline(results: dict) -> Figure | None:
             [left, peak / rate, right], [left * rate, peak, peak], style, color="black", linewidth=1.2, marker=""
         )
     axes.annotate(
-        f"matrix product, {peak / 1e9:.0f} GFLOP/s", (right, peak), ha="right", fontsize=8,
-        xytext=(0, 4), textcoords="offset points",
+        f"matrix product,\n{peak / 1e9:.0f} GFLOP/s", (right, peak), ha="right", va="top", fontsize=8,
+        xytext=(0, -4), textcoords="offset points",
     )  # fmt: skip
     names = list(dict.fromkeys(r["labels"]["op"] for r in rows))
     shapes = list(dict.fromkeys(r["labels"]["shape"] for r in rows))
