@@ -1,12 +1,13 @@
 """How everything is measured: rivals in turn, A B A B, so that a machine that drifts does so for all of them."""
 
+import collections
 import functools
 import itertools
 import math
 import mmap
 import resource
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -198,10 +199,16 @@ def sets_of(nbytes: int) -> int:
     return min(MAX_SETS, max(1, math.ceil(BEYOND_CACHES / nbytes))) if nbytes else 1
 
 
-def rotating(functions: Iterable[Function]) -> Function:
-    """Each of the functions in turn."""
-    turn = itertools.cycle(functions)
-    return lambda: next(turn)()
+def rotating(functions: Sequence[Function]) -> Function:
+    """Each of the functions in turn; what the others returned is held, so that a result goes to other memory too."""
+    turn, held = itertools.cycle(functions), collections.deque(maxlen=len(functions) - 1)
+
+    def call() -> object:
+        result = next(turn)()
+        held.append(result)
+        return result
+
+    return call
 
 
 def at_first_call(make: Callable[[], Function]) -> Function:

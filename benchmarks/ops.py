@@ -1,7 +1,7 @@
 """What does each op cost, beside the reference, torch.compile of it, and reads and copies of the same map?
 
 Bytes are those that an op must move: every input once in every pass that needs it, every output once. Arguments come
-from memory, not from a cache.
+from memory and results go there, not from and to a cache.
 """
 
 import functools

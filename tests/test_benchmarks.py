@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -164,6 +165,15 @@ def test_arguments_come_from_memory():
     assert measure.sets_of(1) == measure.MAX_SETS
     turn = measure.rotating([lambda: 1, lambda: 2])
     assert [turn() for _ in range(3)] == [1, 2, 1]
+
+
+def test_results_go_to_memory():
+    """Each of three sets' results lies elsewhere than those of the two before it, which then are let go."""
+    turn = measure.rotating([functools.partial(torch.empty, 2**20) for _ in range(3)])
+    results = [weakref.ref(turn()) for _ in range(5)]
+    assert [result() is None for result in results] == [True, True, True, False, False]
+    alone = weakref.ref(measure.rotating([functools.partial(torch.empty, 1)])())
+    assert alone() is None
 
 
 def test_percentiles():
