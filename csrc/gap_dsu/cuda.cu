@@ -30,7 +30,7 @@ __device__ __forceinline__ void write(const W& walk, const A (&total)[W::kChanne
 
 // In a launch of its own, where a sample's tiles are few and large: a block's threads share one.
 template <class W, class T, class A = Acc<T>>
-__global__ void __launch_bounds__(WalkPlan::kThreads) pool(const Pool a, A* y, A* parts, const WalkPlan plan) {
+__global__ void __launch_bounds__(kWalkThreads) pool(const Pool a, A* y, A* parts, const WalkPlan plan) {
     const W walk(a.shape, plan);
     const int64_t C = a.shape.C;
     walk.each_sample([&](int64_t b) {
@@ -285,8 +285,8 @@ void gap_dsu_forward(const GapDsuForward<A>& a, cudaStream_t stream) {
                 phases |= 1u << kPool;
                 return;
             }
-            launch(pool<W, T>, plan.grid(), WalkPlan::kThreads, W::kShared * sizeof(A) + W::template kRing<1>, stream,
-                   a.pool, a.pooled, a.parts, plan);
+            launch(pool<W, T>, plan.grid(), kWalkThreads, W::kShared * sizeof(A) + W::template kRing<1>, stream, a.pool,
+                   a.pooled, a.parts, plan);
             if (plan.runs == 1) return;
             launch_join(join_means<A>, s.B, s.C, stream, static_cast<const A*>(a.parts), plan.runs, s.B, s.C, A(s.HW()),
                         a.pooled);

@@ -17,13 +17,14 @@
 
 namespace dla {
 
+constexpr int kWalkThreads = 256;  // of a block
+
 // What a launch chooses, from the shape alone: the order of every sum follows from it.
 struct WalkPlan {
     int64_t tiles, groups, runs;  // of channels, of samples and of pixels; a block has one of each
     int64_t pixels;               // of a run
     int team, lanes;              // threads of a tile, and of them those side by side
 
-    static constexpr int kThreads = 256;
     // Two waves of 8 blocks each on the 132 multiprocessors of an H100: more blocks would only repeat the statistics.
     static constexpr int64_t kBlocks = 2112;
     // Fewer than two on each are cut, into runs of at least so many vectors for every thread.
@@ -34,9 +35,10 @@ struct WalkPlan {
         if (std::max({s.B, s.C, s.HW()}) > INT32_MAX) throw std::runtime_error("a map of 2^31 or more along one axis");
         const int64_t vectors = rows ? s.HW() * lanes : ceil_div(s.HW(), N);
         // A warp per tile needs no barrier; but with too few of them most of the chip would wait.
-        team = vectors > 32 * kWarp || (vectors > 2 * kWarp && s.B * tiles < 4096) ? kThreads : kWarp;
-        groups = std::max<int64_t>(1, std::min(ceil_div(s.B, kThreads / team), ceil_div(kBlocks, tiles)));
-        const int64_t wanted = team == kThreads ? kFew / (tiles * groups) : 1, most = vectors / (kLeast * kThreads);
+        team = vectors > 32 * kWarp || (vectors > 2 * kWarp && s.B * tiles < 4096) ? kWalkThreads : kWarp;
+        groups = std::max<int64_t>(1, std::min(ceil_div(s.B, kWalkThreads / team), ceil_div(kBlocks, tiles)));
+        const int64_t wanted = team == kWalkThreads ? kFew / (tiles * groups) : 1;
+        const int64_t most = vectors / (kLeast * kWalkThreads);
         pixels = round_up(ceil_div(s.HW(), std::max<int64_t>(1, std::min(wanted, most))), N);
         runs = ceil_div(s.HW(), pixels);
     }
@@ -76,9 +78,8 @@ struct Walk {
     // 256 bytes of adjacent channels in vectors; without vectors a warp takes as many as it can.
     static constexpr int kMostLanes = !kRows ? 1 : N == 1 ? kWarp : 256 / (N * sizeof(T));
     static constexpr int kChannels = kRows ? N : 1;  // of a thread
-    static constexpr int kThreads = WalkPlan::kThreads;
     // Values of shared memory that a sum over the block needs.
-    static constexpr int kShared = kThreads / kWarp * kMostLanes * kChannels;
+    static constexpr int kShared = kWalkThreads / kWarp * kMostLanes * kChannels;
 
     static DLA_HOST_DEVICE int lanes(int64_t C) {
         int lanes = 1;
@@ -89,7 +90,7 @@ struct Walk {
 
     // An int counts the bytes of a thread's step through a map.
     static void check(const Map<const T>& map) {
-        if (map.pixel <= INT32_MAX / int64_t(kThreads * N * sizeof(T))) return;
+        if (map.pixel <= INT32_MAX / int64_t(kWalkThreads * N * sizeof(T))) return;
         throw std::runtime_error("adjacent pixels of a map lie too far apart");
     }
 
@@ -131,7 +132,7 @@ struct Walk {
     // The samples of this thread's team, the same number of rounds for all threads of a team.
     template <class Body>
     __device__ __forceinline__ void each_sample(const Body& body) const {
-        const int teams = kThreads / plan_.team;
+        const int teams = kWalkThreads / plan_.team;
         for (int b = group * teams + threadIdx.x / plan_.team; b < s.B; b += int(plan_.groups) * teams) body(b);
     }
 
@@ -144,7 +145,7 @@ struct Walk {
                                                 : 3;
     // Bytes of shared memory that they take.
     template <int kMaps>
-    static constexpr int kRing = kAsync ? kStages<kMaps> * kMaps * kThreads * 16 : 0;
+    static constexpr int kRing = kAsync ? kStages<kMaps> * kMaps * kWalkThreads * 16 : 0;
 
     // The thread's vectors of a run, of several maps: use(i, the words of each). A map that is not there holds zeros.
     // What a thread has copied it alone reads, so that no thread waits for another.
@@ -157,7 +158,7 @@ struct Walk {
             const auto begin = [&](int i, int stage) {
 #pragma unroll
                 for (int m = 0; m < kMaps; ++m) {
-                    if (i < count) copy_async(own + (stage * kMaps + m) * kThreads, maps[m][i], bool(maps[m]));
+                    if (i < count) copy_async(own + (stage * kMaps + m) * kWalkThreads, maps[m][i], bool(maps[m]));
                 }
                 end_copies();
             };
@@ -170,7 +171,7 @@ struct Walk {
                     await_copies<kDepth - 1>();
                     Word<T, N> words[kMaps];
 #pragma unroll
-                    for (int m = 0; m < kMaps; ++m) words[m] = own[(stage * kMaps + m) * kThreads];
+                    for (int m = 0; m < kMaps; ++m) words[m] = own[(stage * kMaps + m) * kWalkThreads];
                     begin(i + stage + kDepth, stage);
                     if (i + stage < count) use(i + stage, words);
                 }
@@ -220,7 +221,7 @@ struct Walk {
 #pragma unroll
         for (int i = 0; i < kChannels; ++i) v[i] = 0;
 #pragma unroll 1  // else all of them wait in registers
-        for (int w = 0; w < kThreads / kWarp; ++w) {
+        for (int w = 0; w < kWalkThreads / kWarp; ++w) {
 #pragma unroll
             for (int i = 0; i < kChannels; ++i) v[i] += shared[(w * lanes + lane) * kChannels + i];
         }
