@@ -98,6 +98,13 @@ def beside(area, c, p, row, SHIFT: tl.constexpr):
 
 
 @triton.jit
+def of_part(inside, row, top, rows):
+    """A mask's elements where the row is one of the program's own."""
+    row = everywhere(row, inside)
+    return inside & (row >= top) & (row < top + rows)
+
+
+@triton.jit
 def pass_on(taps, value, SHIFT: tl.constexpr, above, here, below):
     """Adds what the pixels SHIFT columns beside give to the outputs of the rows above, of their own and below."""
     above += taps[7 + SHIFT] * value
@@ -254,7 +261,7 @@ def _backward(
                 if grad_o is not None:
                     of_o += load(grad_o, b, c, first, exists, A)
                 d = d + (tl.where(exists, of_o + from_o, 0.0),)
-            within = inside & (everywhere(row + 1, inside) >= top) & (everywhere(row + 1, inside) < top + rows)
+            within = of_part(inside, row + 1, top, rows)
             x_below = load(x, b, c, (row + 1) * W + start, within, A)
             of_value = products(of_value, d, x_above, x_here, x_below)
             below = zero
@@ -290,7 +297,7 @@ def _backward(
                     carry_above = carry_here
                     carry_here = carry_below
                 else:
-                    within = inside & (everywhere(row, inside) >= top) & (everywhere(row, inside) < top + rows)
+                    within = of_part(inside, row, top, rows)
                     of_carry = (of_carry[0] + d[1] * load(carried, b, c, row * W + start, within, A),)
                     if grad_carried is not None:
                         store(grad_carried, b, c, row * W + start, within, lambda_ * gate_value * d[1])
