@@ -21,6 +21,30 @@ app = typer.Typer(help="Dynamic Layer Attention: train and look into models.", n
 DATA_HELP = "digits[:SIZE], cifar10[:FOLDER], cifar100[:FOLDER] or imagenet:FOLDER."
 OF_RUN, OF_RECIPE, OF_MACHINE = "Run", "Recipe (default: the preset's)", "Machine"
 
+# Options of several commands.
+Resume = Annotated[Path | None, typer.Option(help="Checkpoint to go on from; it carries model and recipe.")]
+Cell = Annotated[str | None, typer.Option(help="dsu, dia, lstm or rnn.")]
+Config = Annotated[str | None, typer.Option(help="Reading of DLA: paper, official or released.")]
+Reduction = Annotated[int | None, typer.Option(help="Reduction r of the cell.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Default: 0.", show_default=False)]
+Epochs = Annotated[int | None, typer.Option(help="May be raised on a resume.", rich_help_panel=OF_RECIPE)]
+BatchSize = Annotated[int | None, typer.Option(help="Images in a step, over all devices.", rich_help_panel=OF_RECIPE)]
+RecipeFloat = Annotated[float | None, typer.Option(rich_help_panel=OF_RECIPE)]
+RecipeInt = Annotated[int | None, typer.Option(rich_help_panel=OF_RECIPE)]
+Milestones = Annotated[
+    str | None, typer.Option(help="Epochs at which the rate falls, such as 100,150.", rich_help_panel=OF_RECIPE)
+]
+Gamma = Annotated[float | None, typer.Option(help="Factor of the rate at each.", rich_help_panel=OF_RECIPE)]
+Accelerator = Annotated[str, typer.Option(help="auto, cpu, gpu, ...", rich_help_panel=OF_MACHINE)]
+Devices = Annotated[
+    str, typer.Option(help="auto, a number, or indices such as 0,1; DDP if several.", rich_help_panel=OF_MACHINE)
+]
+NumNodes = Annotated[int, typer.Option(min=1, rich_help_panel=OF_MACHINE)]
+TrainBatches = Annotated[int | None, typer.Option(min=1, help="Batches of an epoch.")]
+ValBatches = Annotated[int | None, typer.Option(min=1, help="Batches of a validation.")]
+Download = Annotated[bool, typer.Option("--download", help="Fetch CIFAR if it is not there.")]
+ShowProgress = Annotated[bool, typer.Option(help="Show a progress bar.")]
+
 
 @contextmanager
 def bad_input() -> Iterator[None]:
@@ -61,34 +85,28 @@ def train(
     model: Annotated[str | None, typer.Option(help="Such as resnet20_dla_l; an unknown name lists all.")] = None,
     data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} Default: digits.", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of logs and checkpoints. Default: runs/MODEL-DATA.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from; it carries model and recipe.")] = None,
-    cell: Annotated[str | None, typer.Option(help="dsu, dia, lstm or rnn.")] = None,
-    config: Annotated[str | None, typer.Option(help="Reading of DLA: paper, official or released.")] = None,
-    reduction: Annotated[int | None, typer.Option(help="Reduction r of the cell.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Default: 0.", show_default=False)] = None,
+    resume: Resume = None,
+    cell: Cell = None,
+    config: Config = None,
+    reduction: Reduction = None,
+    seed: Seed = None,
     recipe: Annotated[
         str | None,
         typer.Option(help="Preset: cifar, imagenet or digits. Default: the data's.", rich_help_panel=OF_RECIPE),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="May be raised on a resume.", rich_help_panel=OF_RECIPE)] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Images in a step, over all devices.", rich_help_panel=OF_RECIPE)
-    ] = None,
-    lr: Annotated[float | None, typer.Option(rich_help_panel=OF_RECIPE)] = None,
-    momentum: Annotated[float | None, typer.Option(rich_help_panel=OF_RECIPE)] = None,
-    weight_decay: Annotated[float | None, typer.Option(rich_help_panel=OF_RECIPE)] = None,
-    milestones: Annotated[
-        str | None, typer.Option(help="Epochs at which the rate falls, such as 100,150.", rich_help_panel=OF_RECIPE)
-    ] = None,
-    gamma: Annotated[float | None, typer.Option(help="Factor of the rate at each.", rich_help_panel=OF_RECIPE)] = None,
-    warmup_epochs: Annotated[int | None, typer.Option(rich_help_panel=OF_RECIPE)] = None,
-    drop_path_rate: Annotated[float | None, typer.Option(rich_help_panel=OF_RECIPE)] = None,
-    download: Annotated[bool, typer.Option("--download", help="Fetch CIFAR if it is not there.")] = False,
-    accelerator: Annotated[str, typer.Option(help="auto, cpu, gpu, ...", rich_help_panel=OF_MACHINE)] = "auto",
-    devices: Annotated[
-        str, typer.Option(help="auto, a number, or indices such as 0,1; DDP if several.", rich_help_panel=OF_MACHINE)
-    ] = "auto",
-    num_nodes: Annotated[int, typer.Option(min=1, rich_help_panel=OF_MACHINE)] = 1,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: RecipeFloat = None,
+    momentum: RecipeFloat = None,
+    weight_decay: RecipeFloat = None,
+    milestones: Milestones = None,
+    gamma: Gamma = None,
+    warmup_epochs: RecipeInt = None,
+    drop_path_rate: RecipeFloat = None,
+    download: Download = False,
+    accelerator: Accelerator = "auto",
+    devices: Devices = "auto",
+    num_nodes: NumNodes = 1,
     precision: Annotated[str, typer.Option(help="32, bf16-mixed, 16-mixed or 64.", rich_help_panel=OF_MACHINE)] = "32",
     sync_batchnorm: Annotated[
         bool, typer.Option("--sync-batchnorm", help="BatchNorm over all devices.", rich_help_panel=OF_MACHINE)
@@ -99,9 +117,9 @@ def train(
     workers: Annotated[
         int | None, typer.Option(help="Loader processes per device. Default: 4, digits 0.", rich_help_panel=OF_MACHINE)
     ] = None,
-    limit_train_batches: Annotated[int | None, typer.Option(min=1, help="Batches of an epoch.")] = None,
-    limit_val_batches: Annotated[int | None, typer.Option(min=1, help="Batches of a validation.")] = None,
-    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+    limit_train_batches: TrainBatches = None,
+    limit_val_batches: ValBatches = None,
+    progress: ShowProgress = True,
 ) -> None:
     """Train a model. OUT gets last.ckpt after every epoch, best.ckpt, and version_N/metrics.csv."""
     from dla import keep_memory, training
@@ -174,41 +192,35 @@ def train_detection(
         typer.Option(help="Classifier to start from: checkpoint of `dla train`, or save_pretrained's folder."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of logs and checkpoints. Default: runs/MODEL.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Checkpoint to go on from; it carries model and recipe.")] = None,
-    cell: Annotated[str | None, typer.Option(help="dsu, dia, lstm or rnn.")] = None,
-    config: Annotated[str | None, typer.Option(help="Reading of DLA: paper, official or released.")] = None,
-    reduction: Annotated[int | None, typer.Option(help="Reduction r of the cell.")] = None,
+    resume: Resume = None,
+    cell: Cell = None,
+    config: Config = None,
+    reduction: Reduction = None,
     trainable_layers: Annotated[
         int | None, typer.Option(help="Trained layers of the backbone. Default: all but two, without --weights all.")
     ] = None,
     fpn_channels: Annotated[int | None, typer.Option(help="Channels of the pyramid. Default: 256.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Default: 0.", show_default=False)] = None,
-    epochs: Annotated[int | None, typer.Option(help="May be raised on a resume.", rich_help_panel=OF_RECIPE)] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Images in a step, over all devices.", rich_help_panel=OF_RECIPE)
-    ] = None,
-    lr: Annotated[float | None, typer.Option(rich_help_panel=OF_RECIPE)] = None,
-    momentum: Annotated[float | None, typer.Option(rich_help_panel=OF_RECIPE)] = None,
-    weight_decay: Annotated[float | None, typer.Option(rich_help_panel=OF_RECIPE)] = None,
-    milestones: Annotated[
-        str | None, typer.Option(help="Epochs at which the rate falls, such as 8,11.", rich_help_panel=OF_RECIPE)
-    ] = None,
-    gamma: Annotated[float | None, typer.Option(help="Factor of the rate at each.", rich_help_panel=OF_RECIPE)] = None,
-    warmup_steps: Annotated[int | None, typer.Option(rich_help_panel=OF_RECIPE)] = None,
-    drop_path_rate: Annotated[float | None, typer.Option(rich_help_panel=OF_RECIPE)] = None,
+    seed: Seed = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: RecipeFloat = None,
+    momentum: RecipeFloat = None,
+    weight_decay: RecipeFloat = None,
+    milestones: Milestones = None,
+    gamma: Gamma = None,
+    warmup_steps: RecipeInt = None,
+    drop_path_rate: RecipeFloat = None,
     short_side: Annotated[
         int | None, typer.Option(help="Pixels that images are scaled to.", rich_help_panel=OF_RECIPE)
     ] = None,
-    accelerator: Annotated[str, typer.Option(help="auto, cpu, gpu, ...", rich_help_panel=OF_MACHINE)] = "auto",
-    devices: Annotated[
-        str, typer.Option(help="auto, a number, or indices such as 0,1; DDP if several.", rich_help_panel=OF_MACHINE)
-    ] = "auto",
-    num_nodes: Annotated[int, typer.Option(min=1, rich_help_panel=OF_MACHINE)] = 1,
+    accelerator: Accelerator = "auto",
+    devices: Devices = "auto",
+    num_nodes: NumNodes = 1,
     precision: Annotated[str, typer.Option(help="32, bf16-mixed or 16-mixed.", rich_help_panel=OF_MACHINE)] = "32",
     workers: Annotated[int, typer.Option(help="Loader processes per device.", rich_help_panel=OF_MACHINE)] = 4,
-    limit_train_batches: Annotated[int | None, typer.Option(min=1, help="Batches of an epoch.")] = None,
-    limit_val_batches: Annotated[int | None, typer.Option(min=1, help="Batches of a validation.")] = None,
-    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+    limit_train_batches: TrainBatches = None,
+    limit_val_batches: ValBatches = None,
+    progress: ShowProgress = True,
 ) -> None:
     """Train a detector on COCO or data laid out like it, by default as the paper does. OUT is as of `train`."""
     with bad_input():
@@ -282,8 +294,8 @@ def evaluate(
     accelerator: Annotated[str, typer.Option(help="auto, cpu, gpu, ...")] = "auto",
     precision: Annotated[str, typer.Option(help="32, bf16-mixed, 16-mixed or 64.")] = "32",
     limit_val_batches: Annotated[int | None, typer.Option(min=1, help="Batches to evaluate.")] = None,
-    download: Annotated[bool, typer.Option("--download", help="Fetch CIFAR if it is not there.")] = False,
-    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+    download: Download = False,
+    progress: ShowProgress = True,
 ) -> None:
     """Accuracy of a checkpoint on the held-out images, each counted once (one device)."""
     from dla import training
@@ -315,7 +327,7 @@ def plot(
     out: Annotated[Path, typer.Option(help="File to write; its ending is the format.")] = Path("layer_attention.png"),
     data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} Default: those of the training.")] = None,
     images: Annotated[int, typer.Option(min=1, help="Held-out images to average over, at most.")] = 256,
-    download: Annotated[bool, typer.Option("--download", help="Fetch CIFAR if it is not there.")] = False,
+    download: Download = False,
 ) -> None:
     """Draw a model's attention over the layers of each stage, averaged over images and heads."""
     import torch
