@@ -11,10 +11,15 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where the tests make their tensors: cpu, cuda or cuda:N")
 
 
+def pytest_runtest_setup():
+    """Comes before all fixtures: what those of a module compute hangs on no test before."""
+    torch.set_num_threads(1)  # one core is the neighbour's
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _same_start(request):
-    """Every test draws the same numbers, alone or among others, and leaves one core to its neighbour."""
-    torch.set_num_threads(1)
+    """Every test draws the same numbers, whichever fixtures have drawn some before."""
     torch.manual_seed(0)
     device = request.config.getoption("--device")
     if device == "cpu":

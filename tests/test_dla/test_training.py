@@ -126,7 +126,6 @@ def test_unknown_names_are_refused():
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("unbroken")
     return training_job.fit(out), out
 
