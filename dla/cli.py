@@ -19,7 +19,7 @@ from rich.table import Table
 app = typer.Typer(help="Dynamic Layer Attention: train and look into models.", no_args_is_help=True)
 
 DATA_HELP = "digits[:SIZE], cifar10[:FOLDER], cifar100[:FOLDER] or imagenet:FOLDER."
-OF_RUN, OF_RECIPE, OF_MACHINE = "Run", "Recipe (default: the preset's)", "Machine"
+OF_RECIPE, OF_MACHINE = "Recipe (default: the preset's)", "Machine"
 
 # Options of several commands.
 Resume = Annotated[Path | None, typer.Option(help="Checkpoint to go on from; it carries model and recipe.")]
@@ -32,7 +32,7 @@ BatchSize = Annotated[int | None, typer.Option(help="Images in a step, over all 
 RecipeFloat = Annotated[float | None, typer.Option(rich_help_panel=OF_RECIPE)]
 RecipeInt = Annotated[int | None, typer.Option(rich_help_panel=OF_RECIPE)]
 Milestones = Annotated[
-    str | None, typer.Option(help="Epochs at which the rate falls, such as 100,150.", rich_help_panel=OF_RECIPE)
+    str | None, typer.Option(help="Epochs at which the rate falls, separated by commas.", rich_help_panel=OF_RECIPE)
 ]
 Gamma = Annotated[float | None, typer.Option(help="Factor of the rate at each.", rich_help_panel=OF_RECIPE)]
 Accelerator = Annotated[str, typer.Option(help="auto, cpu, gpu, ...", rich_help_panel=OF_MACHINE)]
